@@ -1,0 +1,55 @@
+# facegen: two commands to start with are `make demo` and `make test`.
+# Change what runs with SCALE (smoke, laptop, gpu, paper), SEEDS (how many) and JOBS (rows at a time).
+PYTHON ?= python3.11
+SCALE  ?= laptop
+SEEDS  ?= 1
+JOBS   ?= 2
+BIN    := .venv/bin
+export OMP_NUM_THREADS ?= 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export MPLBACKEND ?= agg
+TORCH  := $(shell sed -n 's/^requirements *=.*\(torch==[^ ]*\).*/\1/p' settings.ini | head -n 1)
+SNAKE  := snakemake --cores $(JOBS) --keep-going --rerun-incomplete --quiet rules host
+
+.PHONY: help setup demo study figures notebooks lab test export table clean
+
+help:      ## say what can be made
+	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+setup: .venv/ready  ## make the virtual environment (about 2 GB)
+.venv/ready: settings.ini setup.py
+	@echo "Setting up .venv from the pins in settings.ini: one to five minutes, about 2 GB."
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: setup  ## draw faces, train, measure, draw the figures, print the table
+	@$(SNAKE) --config scale=$(SCALE) seeds=1 -- demo
+	@$(BIN)/python -m facegen.study table $(SCALE)
+
+study: setup  ## run every row of the study at SCALE with SEEDS seeds, then the figures
+	@$(SNAKE) --config scale=$(SCALE) seeds=$(SEEDS) -- study
+	@$(BIN)/python -m facegen.study table $(SCALE)
+
+figures: setup  ## draw every figure again from data/results
+	@$(BIN)/python -m facegen.study figures $(SCALE)
+
+table: setup  ## print the table of results
+	@$(BIN)/python -m facegen.study table $(SCALE)
+
+notebooks: setup  ## run every chapter in place and save its small outputs
+	@for nb in nbs/index.ipynb nbs/[01245]*.ipynb; do echo $$nb; $(BIN)/jupyter execute --inplace $$nb 2>/dev/null || exit 1; done
+	@$(BIN)/nbdev_clean
+
+lab: setup  ## open the chapters in JupyterLab
+	@cd nbs && ../$(BIN)/jupyter lab
+
+export: setup  ## write facegen/ from nbs/ and clean the notebooks
+	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+
+test: setup  ## run every test and every notebook
+	@$(BIN)/pytest -n $(JOBS) --durations=8 --nbmake --nbmake-timeout=600 tests nbs
+
+clean:  ## delete what runs made (packed faces, weights, executed notebooks); keep committed results
+	rm -rf data/faces data/latents data/runs .snakemake data/results/_* data/gallery/_* figures/_*

@@ -1,0 +1,298 @@
+"""Drawn faces: exact masks, visible attributes, CelebA's frequencies, independence of batch, size and workers, official layout."""
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from facegen.canvas import Canvas, ellipse, hue, paint, patch, swell, tri
+from facegen.chances import HIDES, factors, sample_attributes
+from facegen.faces import ATTRIBUTES, PARTS, Face, flip
+from facegen.toyfaces import STYLES, blur, draw_face, draw_faces, write_toyfaces
+
+COL = {a: i for i, a in enumerate(ATTRIBUTES)}
+# Shares of each attribute over the 202,599 pictures of CelebA, as published
+CELEBA = '''.111 .267 .513 .205 .022 .152 .241 .235 .239 .148 .051 .205 .142 .058 .047 .065 .063 .042 .387 .455
+.417 .483 .042 .115 .835 .284 .043 .277 .080 .066 .057 .482 .208 .320 .189 .049 .472 .123 .073 .774'''
+
+
+def same(a: Face, b: Face) -> bool: return all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.fixture(scope='module')
+def crowd(): return draw_faces(n=300, seed=7)
+
+
+@pytest.fixture(scope='module')
+def attrs(): return sample_attributes(8000, seed=1)
+
+
+def test_shapes_ranges_and_types(crowd):
+    assert crowd.image.shape == (300, 3, 64, 64) and crowd.attrs.shape == (300, 40) and crowd.mask.shape == (300, 64, 64)
+    assert crowd.image.dtype == torch.float32 and crowd.mask.dtype == torch.int64 and crowd.attrs.dtype == torch.float32
+    assert crowd.image.min() >= -1 and crowd.image.max() <= 1 and crowd.image.isfinite().all()
+    assert set(crowd.attrs.unique().tolist()) == {0, 1} and set(crowd.mask.unique().tolist()) == set(range(19))
+
+
+# -- who has what
+
+def test_shares_are_those_of_celeba(attrs):
+    shares = torch.tensor(list(map(float, CELEBA.split())))
+    gap = (attrs.mean(0) - shares).abs()
+    assert gap.max() < .025, {ATTRIBUTES[i]: (round(attrs[:, i].mean().item(), 3), shares[i].item()) for i in gap.argsort()[-3:]}
+
+
+def test_exclusions(attrs):
+    has = lambda name: attrs[:, COL[name]] > 0
+    hair = torch.stack([has(f'{c}_Hair') for c in ('Black', 'Blond', 'Brown', 'Gray')])
+    assert hair.sum(0).max() == 1 and not (has('Bald') & hair.any(0)).any()
+    assert not (has('Straight_Hair') & has('Wavy_Hair')).any() and not (has('Bangs') & has('Receding_Hairline')).any()
+    for beard in ('5_o_Clock_Shadow', 'Goatee', 'Mustache', 'Sideburns'): assert not (has(beard) & has('No_Beard')).any()
+    assert has('No_Beard')[~has('Male')].all()
+    for winner, losers in HIDES.items():
+        for loser in losers.split(): assert not (has(winner) & has(loser)).any(), (winner, loser)
+
+
+def test_attributes_hang_together_as_in_celeba(attrs):
+    share = lambda a, given, value: attrs[attrs[:, COL[given]] == value, COL[a]].mean().item()
+    for a, given in (('High_Cheekbones', 'Smiling'), ('Mouth_Slightly_Open', 'Smiling'), ('Heavy_Makeup', 'Wearing_Lipstick'),
+                     ('Goatee', 'Male'), ('Bushy_Eyebrows', 'Male'), ('Double_Chin', 'Chubby'), ('Attractive', 'Young')):
+        assert share(a, given, 1) > 2*share(a, given, 0), (a, given)
+    assert share('Wearing_Lipstick', 'Male', 1) < .03 and share('Gray_Hair', 'Young', 0) > 5*share('Gray_Hair', 'Young', 1)
+
+
+def test_factors_are_uniform_and_know_nothing_of_attributes():
+    n = 4000
+    f, a = torch.stack([v.flatten() for v in vars(factors(n, seed=3)).values()]), sample_attributes(n, seed=3).T
+    assert (f.mean(1) - .5).abs().max() < .03 and f.min() >= 0 and f.max() < 1
+    z = lambda x: (x - x.mean(1, keepdim=True))/x.std(1, keepdim=True)
+    assert (z(f) @ z(a).T/n).abs().max() < .085          # 1600 pairs: 5 standard errors
+    assert ((z(f) @ z(f).T/n) - torch.eye(len(f))).abs().max() < .085
+
+
+# -- one face, whatever the company
+
+@pytest.mark.parametrize('style', STYLES)
+def test_face_i_does_not_depend_on_n_or_on_chunks(style):
+    many = draw_faces(n=80, seed=4, style=style, size=48)
+    for i in (0, 31, 32, 56, 79): assert same(draw_faces(n=1, seed=4, first=i, style=style, size=48), Face(*(x[i:i+1] for x in many))), i
+    assert same(draw_faces(n=13, seed=4, first=27, style=style, size=48), Face(*(x[27:40] for x in many)))
+
+
+def test_the_same_bits_with_more_threads():
+    one, before = draw_faces(n=24, seed=9), torch.get_num_threads()
+    try: torch.set_num_threads(2); assert same(one, draw_faces(n=24, seed=9))
+    finally: torch.set_num_threads(before)
+
+
+def test_seeds_and_given_attributes():
+    a, b = draw_faces(n=3, seed=1), draw_faces(n=3, seed=2)
+    assert not torch.equal(a.image, b.image)
+    assert same(draw_faces(a.attrs, seed=1), a)
+    some = torch.full((3, 40), torch.nan); some[:, COL['Smiling']] = 1
+    drawn = draw_faces(some, seed=1).attrs
+    assert (drawn[:, COL['Smiling']] == 1).all() and not drawn.isnan().any()
+    rest = torch.arange(40) != COL['Smiling']
+    assert torch.equal(drawn[:, rest], a.attrs[:, rest])
+
+
+def test_one_face_by_names():
+    face = draw_face('Smiling', 'Goatee', 'Male', seed=2)
+    assert face.image.shape == (3, 64, 64) and face.mask.shape == (64, 64)
+    assert {ATTRIBUTES[i] for i in face.attrs.nonzero().flatten()} == {'Smiling', 'Goatee', 'Male', 'Young'}
+    assert draw_face('Smiling').attrs[COL['No_Beard']] == 1
+
+
+@pytest.mark.parametrize('size', [32, 100, 512])
+def test_every_size_shows_the_same_face(size):
+    small, big = draw_faces(n=2, seed=6, size=64), draw_faces(n=2, seed=6, size=size)
+    assert big.image.shape[-1] == size
+    resized = torch.nn.functional.interpolate(big.image, size=(64, 64), mode='bilinear', antialias=True)
+    assert (resized - small.image).abs().mean() < (.06 if size < 64 else .035)
+    nearest = torch.nn.functional.interpolate(big.mask[:, None].float(), size=(64, 64), mode='nearest-exact')[:, 0]
+    assert (nearest == small.mask).float().mean() > (.90 if size < 64 else .94)
+
+
+# -- picture and mask
+
+def test_masks_are_the_shapes_that_are_painted():
+    n, size = 4, 96
+    z = torch.zeros(n, 1, 1)
+    k = Canvas(n, size, z, z+.1, z+1, torch.linspace(-.4, .4, n).view(n, 1, 1))
+    p = patch(k, -.8, -.6, .8, .6)
+    k.image[:] = 0
+    paint(k, p, ellipse(p, 0., 0., .6, .35, .3), hue('ffffff'), 'hat')
+    assert torch.equal(k.mask > 0, k.image[0] > .5) and (k.image[:, :, 0] == 0).all()
+
+
+def test_both_styles_share_geometry():
+    flat, ink = (draw_faces(n=16, seed=5, style=s) for s in STYLES)
+    assert torch.equal(flat.mask, ink.mask) and torch.equal(flat.attrs, ink.attrs)
+    assert (flat.image - ink.image).abs().mean() > .1
+
+
+def test_left_is_the_sitters_left(crowd):
+    x = torch.arange(64.).expand(64, 64)
+    for left, right in (('l_eye', 'r_eye'), ('l_brow', 'r_brow'), ('l_ear', 'r_ear')):
+        l, r = (crowd.mask == PARTS.index(left)), (crowd.mask == PARTS.index(right))
+        both = (l.sum((1, 2)) > 3) & (r.sum((1, 2)) > 3)
+        where = lambda m: (m[both]*x).sum((1, 2))/m[both].sum((1, 2))
+        assert both.sum() > 50 and (where(l) > where(r)).all(), left   # on the right of the picture
+    mirrored = flip(Face(*(x[:20] for x in crowd)))
+    assert ((mirrored.mask == PARTS.index('l_eye')) * x).sum() > ((mirrored.mask == PARTS.index('r_eye')) * x).sum()
+
+
+def test_left_agrees_with_the_real_masks(real_faces):
+    def middle(path): return np.nonzero(np.array(Image.open(path).convert('L')))[1].mean()
+    root = real_faces/'CelebAMask-HQ'/'CelebAMask-HQ-mask-anno'
+    pairs = [(p, p.with_name(p.name.replace('l_eye', 'r_eye'))) for p in sorted(root.rglob('*_l_eye.png'))]
+    votes = [middle(l) > middle(r) for l, r in pairs if r.exists()]
+    assert len(votes) > 20 and np.mean(votes) > .8
+
+
+def test_attributes_show_in_the_mask_where_they_have_a_class(crowd):
+    area = lambda part: (crowd.mask == PARTS.index(part)).sum((1, 2))
+    for name, part in (('Wearing_Hat', 'hat'), ('Eyeglasses', 'eye_g'), ('Wearing_Earrings', 'ear_r'), ('Wearing_Necklace', 'neck_l')):
+        assert torch.equal(area(part) > 0, crowd.attrs[:, COL[name]] > 0), name
+    assert (area('mouth')[crowd.attrs[:, COL['Mouth_Slightly_Open']] == 0] == 0).all()
+    for part in ('skin', 'nose', 'l_eye', 'r_eye', 'u_lip', 'l_lip', 'neck', 'cloth'): assert (area(part) > 0).all(), part
+
+
+# -- every attribute shows
+
+@pytest.fixture(scope='module')
+def flips():
+    "name -> pixels that change clearly, when the bit alone is flipped: (faces, changed in the picture, changed in the mask)"
+    base = draw_faces(n=24, seed=3)
+    has = lambda name: base.attrs[:, COL[name]] > 0
+    out = {}
+    for name, j in COL.items():
+        bits = base.attrs.clone(); bits[:, j] = 1 - bits[:, j]
+        other = draw_faces(bits, seed=3)
+        seen = ((other.image - base.image).abs().amax(1) > .2).sum((1, 2)).float()
+        rivals = {'Straight_Hair': 'Bald Wavy_Hair', 'Wavy_Hair': 'Bald Straight_Hair'}.get(name, '').split()  # never seen together
+        ok = ~torch.stack([has(r) for r in ['Blurry', *rivals]]).any(0)
+        out[name] = seen[ok], (other.mask != base.mask).sum((1, 2))[ok]
+    return out
+
+
+@pytest.mark.parametrize('name', ATTRIBUTES)
+def test_flipping_one_attribute_changes_the_picture(flips, name):
+    seen, mask = flips[name]
+    if name == 'Attractive': assert seen.max() == 0 and mask.max() == 0
+    else: assert len(seen) >= 10 and seen.median() >= 12 and (seen >= 6).float().mean() > .75, f'{name}: {seen.int().tolist()}'
+
+
+def test_colour_and_paint_leave_the_mask_alone(flips):
+    for name in '''Black_Hair Blond_Hair Brown_Hair Gray_Hair Pale_Skin Blurry Rosy_Cheeks Heavy_Makeup Wearing_Lipstick High_Cheekbones
+                   Bags_Under_Eyes'''.split(): assert flips[name][1].max() == 0, name
+
+
+def test_a_mask_does_not_tell_gender(crowd):
+    "Flipping Male changes the mask, but hair is long and short in both"
+    hair = (crowd.mask == PARTS.index('hair'))[:, 40:].sum((1, 2)) > 60
+    for male in (0, 1):
+        share = hair[crowd.attrs[:, COL['Male']] == male].float().mean()
+        assert .08 < share < .92, (male, share)
+
+
+def test_blur_keeps_light_and_softens():
+    x = torch.rand(2, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(blur(torch.ones(1, 20, 20), 2.), torch.ones(1, 20, 20), atol=1e-5)
+    assert blur(x, 2.).std() < .4*x.std()
+
+
+def test_waves_are_periodic():
+    t = torch.linspace(-3, 3, 101)
+    for w in (tri, swell): assert torch.allclose(w(t), w(t+1), atol=1e-5)
+
+
+# -- bad input
+
+@pytest.mark.parametrize('kw, says', [
+    (dict(n=1, style='oil'), 'choose from flat, ink'), (dict(), 'how many faces'), (dict(n=1, size=4), 'use 16 or more'),
+    (dict(attrs=torch.zeros(3, 39)), r'\(n,40\)'), (dict(attrs=-torch.ones(1, 40)), '0, 1 or NaN')])
+def test_wrong_calls_say_what_to_do(kw, says):
+    with pytest.raises(ValueError, match=says): draw_faces(**kw)
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match='Smile'): draw_face('Smile')
+
+
+# -- on disk
+
+def digest(folder: Path) -> dict:
+    return {p.relative_to(folder).as_posix(): hashlib.md5(p.read_bytes()).hexdigest() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory): return write_toyfaces(tmp_path_factory.mktemp('toy')/'crowd', 70, size=48, seed=8, workers=1)
+
+
+def test_official_layout(written):
+    face = draw_faces(n=70, size=48, seed=8)
+    lines = (written/'CelebAMask-HQ-attribute-anno.txt').read_text().splitlines()
+    assert lines[0] == '70' and lines[1].split() == ATTRIBUTES and len(lines) == 72
+    for i in (0, 69):
+        name, *values = lines[2+i].split()
+        assert name == f'{i}.jpg' and [int(v) for v in values] == (2*face.attrs[i]-1).int().tolist()
+    jpg = np.array(Image.open(written/'CelebA-HQ-img'/'69.jpg'))
+    assert jpg.shape == (48, 48, 3) and abs(jpg/127.5 - 1 - face.image[69].permute(1, 2, 0).numpy()).mean() < .03
+    mask = np.zeros((48, 48), int)
+    for part in PARTS[1:]:
+        path = written/'CelebAMask-HQ-mask-anno'/'0'/f'00069_{part}.png'
+        assert path.exists() == bool((face.mask[69] == PARTS.index(part)).any()), part
+        if path.exists():
+            png = np.array(Image.open(path).convert('L')); assert set(png.flatten()) <= {0, 255}
+            mask[png > 0] = PARTS.index(part)
+    assert (mask == face.mask[69].numpy()).all()
+
+
+def test_mapping_splits_eighty_ten_ten():
+    ids = np.array([i*125213 % 202599 + 1 for i in range(202599)])
+    assert len(set(ids)) == 202599                                     # every picture of CelebA once
+    for n in (300, 1000, 30000):
+        train, val = (ids[:n] <= 162770).mean(), ((ids[:n] > 162770) & (ids[:n] <= 182637)).mean()
+        assert abs(train-.8) < .02 and abs(val-.1) < .02, n
+
+
+def test_mapping_file(written):
+    head, *rows = (written/'CelebA-HQ-to-CelebA-mapping.txt').read_text().splitlines()
+    assert head.split() == ['idx', 'orig_idx', 'orig_file'] and len(rows) == 70
+    idx, orig, name = rows[3].split()
+    assert idx == '3' and int(orig)+1 == int(name.removesuffix('.jpg')) and len(name) == 10
+
+
+def test_bytes_do_not_depend_on_workers(written, tmp_path):
+    assert digest(write_toyfaces(tmp_path/'two', 70, size=48, seed=8, workers=2)) == digest(written)
+
+
+def test_nothing_is_left_half_written(tmp_path, monkeypatch):
+    import facegen.toyfaces as t
+    monkeypatch.setattr(t, 'write_chunk', lambda *a: (_ for _ in ()).throw(OSError('disk full')))
+    with pytest.raises(OSError, match='disk full'): t.write_toyfaces(tmp_path/'crowd', 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_folder_is_left_alone(tmp_path):
+    (tmp_path/'mine.txt').write_text('x')
+    with pytest.raises(FileExistsError, match='not empty'): write_toyfaces(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ['mine.txt']
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path/'crowd').mkdir()
+    assert (write_toyfaces(tmp_path/'crowd', 1, size=32)/'CelebA-HQ-img'/'0.jpg').is_file()
+    with pytest.raises(ValueError, match='one or more'): write_toyfaces(tmp_path/'none', 0)
+
+
+def test_prepare_reads_it_back(written, tmp_path):
+    from facegen.faces import load_faces, prepare
+    faces, drawn = load_faces(prepare(written, tmp_path/'packed', size=48, workers=1)), draw_faces(n=70, size=48, seed=8)
+    order = [int(i) for i in faces.ids]
+    batch = faces[list(range(70))]
+    assert sorted(order) == list(range(70)) and torch.equal(batch.mask, drawn.mask[order]) and torch.equal(batch.attrs, drawn.attrs[order])
+    assert (batch.image - drawn.image[order]).abs().mean() < .03

@@ -1,0 +1,356 @@
+"""The loop: same bits for same seeds, same result however a batch is cut up, nothing left untrained, clear refusals."""
+import json, math, multiprocessing, os, socket, struct
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from torch import nn
+from transformers import get_cosine_schedule_with_warmup
+
+from facegen.faces import Face
+from facegen.noise import PREDICTIONS, make_scheduler
+from facegen.loss import Draw, diffusion_loss
+from facegen.plan import Batches, TrainConfig, lr_at
+from facegen.saving import load_weights
+from facegen.training import averaged, train
+
+torch.set_num_threads(1)
+
+
+class Net(nn.Module):
+    "Convolutions, a normalisation, an embedding of t and dropout: 10 kB"
+    def __init__(self, drop=0., width=8):
+        super().__init__()
+        torch.manual_seed(0)
+        self.time, self.inner, self.norm = nn.Embedding(1000, width), nn.Conv2d(3, width, 3, padding=1), nn.GroupNorm(2, width)
+        self.drop, self.outer = nn.Dropout(drop), nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, x, t, cond=None): return self.outer(self.drop(self.norm(self.inner(x) + self.time(t)[..., None, None]).relu()))
+
+
+class Faces:
+    def __init__(self, n=11, size=8):
+        self.image, self.ids = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(1))*2 - 1, [f'{i:06}' for i in range(n)]
+
+    def __len__(self): return len(self.ids)
+
+    def __getitem__(self, rows):
+        shape = len(rows), *self.image.shape[-2:]
+        return Face(self.image[rows], torch.zeros(len(rows), 40), torch.zeros(shape, dtype=torch.int64))
+
+
+LOSS = diffusion_loss(make_scheduler())
+
+
+def config(**keys): return TrainConfig(**dict(dict(steps=12, batch=4, lr=1e-2, warmup=3, ema=.9, device='cpu', save_every=5), **keys))
+
+
+def state(model=None, faces=None, loss=LOSS, folder=None, **keys):
+    "Train to the end: (weights and average in one dict, the steps)"
+    model = model or Net(.2)
+    steps = list(train(model, Faces() if faces is None else faces, loss, config(**keys), folder))
+    ema = steps[-1].ema.shadow_params if steps and steps[-1].ema else []
+    return model.state_dict() | {f'ema {i}': x for i, x in enumerate(ema)}, steps
+
+
+def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def close(a, b, tol=1e-5): return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=tol) for k in a)
+
+
+# One seed, one result
+
+def test_one_seed_gives_the_same_bits():
+    torch.manual_seed(1); a, steps = state()
+    torch.manual_seed(2); torch.rand(99); b, again = state()
+    assert equal(a, b) and [s.loss for s in steps] == [s.loss for s in again]
+    assert not equal(a, state(seed=1)[0])
+
+
+def test_workers_do_not_matter():
+    assert equal(state()[0], state(workers=2)[0])
+
+
+@pytest.mark.parametrize('micro', [1, 3, 4])
+def test_slices_do_not_matter(micro):
+    a, b = state(Net(0.)), state(Net(0.), micro=micro)
+    assert close(a[0], b[0])
+    assert [s.lr for s in a[1]] == [s.lr for s in b[1]], 'slices are no steps'
+    assert [s.loss for s in a[1]] == pytest.approx([s.loss for s in b[1]], abs=1e-6)
+
+
+def test_what_the_caller_does_between_steps_does_not_matter():
+    model = Net(.2)
+    for step in train(model, Faces(), LOSS, config()):
+        torch.manual_seed(step.step); torch.rand(step.step)
+        with averaged(model, step): model(torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64))
+    assert equal(model.state_dict() | {f'ema {i}': x for i, x in enumerate(step.ema.shadow_params)}, state()[0])
+    assert not model.training, 'sampling must not meet dropout'
+
+
+def test_draws_are_rows_of_one_stream():
+    whole, parts = Draw(3, 7, 6), [Draw(3, 7, 6, a, a+2) for a in (0, 2, 4)]
+    for draw in (lambda d, n: d.randn((n, 3, 2, 2)), lambda d, n: d.rand(n), lambda d, n: d.randint(5, 9, n)):
+        assert torch.equal(draw(whole, 6), torch.cat([draw(p, 2) for p in parts]))
+    assert not torch.equal(Draw(3, 7, 6).rand(6), Draw(3, 8, 6).rand(6))
+    with pytest.raises(ValueError, match='draw for all 2 faces of the slice at once, not for 1'): Draw(3, 7, 6, 0, 2).rand(1)
+
+
+@pytest.mark.parametrize('n,batch', [(11, 4), (3, 8), (4, 4), (1, 2)])
+def test_every_face_is_seen_equally_often(n, batch):
+    order = Batches(Faces(n), config(batch=batch), 0, batch)
+    seen = torch.cat([order[step][0] for step in range(n)]) # n batches of `batch`: every face `batch` times
+    assert (seen.bincount(minlength=n) == batch).all()
+    for epoch in seen[:batch*n].split(n): assert epoch.sort().values.tolist() == list(range(n))
+
+
+def test_half_of_the_faces_are_mirrored():
+    faces, order = Faces(), Batches(Faces(), config(batch=50), 0, 50)
+    kept = torch.cat([(face.image == faces.image[rows]).flatten(1).all(1) for rows, face in map(order.__getitem__, range(20))])
+    assert .45 < kept.float().mean() < .55
+    rows, face = Batches(faces, config(flip=False), 0, 4)[0]
+    assert torch.equal(face.image, faces.image[rows])
+
+
+def one_of_two(rank, port, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    state(Net(.2 if folder.endswith('drop') else 0.), folder=folder, batch=5)
+
+
+@pytest.mark.parametrize('drop', [0., .2])
+def test_two_processes_do_not_matter(tmp_path, drop):
+    context, folder = multiprocessing.get_context('forkserver'), str(tmp_path/('drop' if drop else 'plain'))
+    context.set_forkserver_preload(['pytest', 'diffusers', 'facegen.training', 'diffusers.models.unets.unet_2d'])
+    with socket.socket() as free: free.bind(('127.0.0.1', 0)); port = free.getsockname()[1]
+    both = [context.Process(target=one_of_two, args=(rank, port, folder)) for rank in (0, 1)]
+    for p in both: p.start()
+    for p in both: p.join(90)
+    assert [p.exitcode for p in both] == [0, 0]
+    model, one = Net(drop), state(Net(drop), batch=5, flip=True)[0]
+    load_weights(model, folder, ema=False)
+    same = close(model.state_dict(), {k: v for k, v in one.items() if not k.startswith('ema')}, 2e-5)
+    assert same == (not drop), 'slices have their own dropout, and nothing else of their own'
+
+
+# Oracles
+
+@pytest.mark.parametrize('steps,warmup', [(12, 3), (100, 0), (5, 10), (1, 0)])
+def test_learning_rate_equals_transformers(steps, warmup):
+    cfg = TrainConfig(steps=steps, warmup=warmup, lr=3e-4)
+    opt = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.lr)
+    schedule = get_cosine_schedule_with_warmup(opt, warmup, steps)
+    for step in range(steps):
+        assert lr_at(step, cfg) == pytest.approx(opt.param_groups[0]['lr'], rel=1e-12, abs=1e-18)
+        opt.step(); schedule.step()
+    assert lr_at(steps - 1, TrainConfig(steps=steps, warmup=0, decay='constant')) == TrainConfig().lr
+
+
+def test_equals_a_plain_loop():
+    "Twelve steps by hand with torch's own parts: loss, clipping, AdamW, schedule, average"
+    cfg, model, faces, scheduler = config(clip=.5, weight_decay=.1), Net(0.), Faces(), make_scheduler()
+    opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=.1)
+    schedule, ema = get_cosine_schedule_with_warmup(opt, cfg.warmup, cfg.steps), [p.detach().clone() for p in model.parameters()]
+    for step in range(cfg.steps):
+        face, draw = Batches(faces, cfg, 0, 4)[step][1], Draw(cfg.seed, step, 4)
+        t, eps = draw.randint(0, 1000, 4), draw.randn(face.image.shape)
+        opt.zero_grad()
+        nn.functional.mse_loss(model(scheduler.add_noise(face.image, eps, t), t), eps).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), .5)
+        opt.step(); schedule.step()
+        decay = min(cfg.ema, 1 - (step + 1)**(-2/3))
+        ema = [decay*e + (1 - decay)*p.detach() for e, p in zip(ema, model.parameters())]
+    theirs = model.state_dict() | {f'ema {i}': x for i, x in enumerate(ema)}
+    assert close(theirs, state(Net(0.), clip=.5, weight_decay=.1)[0])
+
+
+def test_average_equals_emamodel_and_its_formula():
+    walk, decay = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).cumsum(0), .9
+    theirs, mine = EMAModel([walk[0]], decay=decay, use_ema_warmup=True), 0
+    for k, w in enumerate(walk, 1):
+        d = min(decay, 1 - k**(-2/3))
+        mine = d*mine + (1 - d)*w
+        theirs.step([w.clone().requires_grad_()])
+    assert torch.allclose(theirs.shadow_params[0], mine, atol=1e-5)
+
+
+@pytest.mark.parametrize('prediction', PREDICTIONS)
+def test_loss_asks_for_what_the_scheduler_predicts(prediction):
+    scheduler, face, n = make_scheduler(prediction=prediction), Faces()[torch.arange(8)], 8
+    d = Draw(0, 0, n)
+    t, eps = d.randint(0, 1000, n), d.randn(face.image.shape)
+    a = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    want = dict(epsilon=eps, sample=face.image, v_prediction=a.sqrt()*eps - (1 - a).sqrt()*face.image)[prediction]
+    each = diffusion_loss(scheduler)(lambda x, t: want, face, Draw(0, 0, n))
+    assert each.shape == (n,) and each.max() < 1e-10
+    zero = diffusion_loss(scheduler, weight=lambda t: t.float())(lambda x, t: 0*x, face, Draw(0, 0, n))
+    assert torch.allclose(zero, t*want.square().flatten(1).mean(1), rtol=1e-4)
+
+
+# What is trained
+
+def test_every_trainable_parameter_moves_and_no_frozen_one():
+    model, start = Net(), Net().state_dict()
+    model.inner.requires_grad_(False)
+    list(train(model, Faces(), LOSS, config(weight_decay=0.)))
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
+    assert moved == {n for n, _ in model.named_parameters() if not n.startswith('inner')}
+
+
+def test_a_parameter_without_gradient_is_named():
+    model = Net()
+    model.forgotten = nn.Parameter(torch.ones(3))
+    with pytest.warns(UserWarning, match='no gradient has reached forgotten: use it in the loss, or freeze it'):
+        list(train(model, Faces(), LOSS, config()))
+
+
+def test_clipping_covers_all_trainable_parameters():
+    "The length that is reported and clipped is that of the whole gradient, not of a part of the model"
+    model, grads = Net(), {}
+    for n, p in model.named_parameters(): p.register_hook(lambda g, n=n: grads.__setitem__(n, g.clone()))
+    step = next(train(model, Faces(), LOSS, config(clip=1e-3)))
+    assert len(grads) == len(list(model.parameters()))
+    assert step.grad_norm == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in grads.values())), rel=1e-5)
+    assert sum(p.grad.square().sum().item() for p in model.parameters()) == pytest.approx(1e-6, rel=1e-2)
+
+
+def test_loss_falls():
+    steps = state(Net(width=16), Faces(64), steps=150, batch=16, lr=2e-2, warmup=5)[1]
+    assert sum(s.loss for s in steps[-10:]) < .7*sum(s.loss for s in steps[:10])
+    assert [s.step for s in steps] == list(range(1, 151)) and all(s.seconds > 0 for s in steps)
+
+
+def test_bf16_is_close_and_weights_stay_float32():
+    a, b = state(Net(0.), precision='bf16'), state(Net(0.))
+    assert all(x.dtype == torch.float32 for x in a[0].values())
+    assert [s.loss for s in a[1]] == pytest.approx([s.loss for s in b[1]], rel=.02)
+    assert not equal(a[0], b[0]), 'bf16 must have been used'
+
+
+def test_other_losses_fit_the_loop():
+    "A judge's loss: no noise, one value per face"
+    class Judge(nn.Module):
+        def __init__(self): super().__init__(); torch.manual_seed(0); self.norm, self.out = nn.BatchNorm2d(3), nn.Linear(192, 1)
+        def forward(self, x): return self.out(self.norm(x).flatten(1))
+    loss = lambda model, face, draw: (model(face.image)[:, 0] - face.image[:, 0].mean((1, 2))).square()
+    steps = state(Judge(), loss=loss, steps=200, ema=0.)[1]
+    assert steps[-1].loss < .1*steps[0].loss
+
+
+# Going on
+
+@pytest.mark.parametrize('stop', [1, 5, 7, 12])
+def test_abandoned_and_started_again(tmp_path, stop):
+    whole, steps = state(folder=tmp_path/'whole')
+    for step in train(Net(.2), Faces(), LOSS, config(), tmp_path/'cut'):
+        if step.step == stop: break
+    _, rest = state(folder=tmp_path/'cut')
+    assert [s.loss for s in rest] == [s.loss for s in steps[12 - len(rest):]] and len(rest) == (12 if stop < 5 else 7 if stop < 10 else 2 if stop < 12 else 0)
+    assert (tmp_path/'whole/state.safetensors').read_bytes() == (tmp_path/'cut/state.safetensors').read_bytes()
+
+
+def test_the_start_is_kept_too(tmp_path):
+    "A model that has moved since must not start the run a second time"
+    model = Net(.2)
+    for step in train(model, Faces(), LOSS, config(), tmp_path/'cut'):
+        if step.step == 3: break
+    list(train(model, Faces(), LOSS, config(), tmp_path/'cut'))
+    assert equal(model.state_dict(), {k: v for k, v in state()[0].items() if not k.startswith('ema')})
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path):
+    whole, _ = state(folder=tmp_path)
+    before, model = (tmp_path/'state.safetensors').stat().st_mtime_ns, Net(.2)
+    assert list(train(model, Faces(), LOSS, config(), tmp_path)) == []
+    assert all(torch.equal(x, whole[n]) for n, x in model.state_dict().items())
+    assert (tmp_path/'state.safetensors').stat().st_mtime_ns == before
+
+
+def test_another_run_is_refused(tmp_path):
+    state(folder=tmp_path)
+    for wrong, words in [(lambda: state(folder=tmp_path, lr=.5, steps=20), 'steps is 12 there and 20 here; lr is 0.01 there and 0.5 here'),
+                         (lambda: state(Net(width=4), folder=tmp_path), r'shape of time.weight is \[1000, 8\] there and \[1000, 4\] here'),
+                         (lambda: state(faces=Faces(9), folder=tmp_path), r'faces is \[11, \d+\] there and \[9, \d+\] here'),
+                         (lambda: state(loss=diffusion_loss(make_scheduler(prediction='sample')), folder=tmp_path), 'loss is .*epsilon.* there')]:
+        with pytest.raises(ValueError, match=words): wrong()
+    state(folder=tmp_path, workers=1, save_every=2, micro=2) # these are free
+
+
+def test_another_frozen_part_is_refused(tmp_path):
+    def half_frozen(value):
+        model = Net()
+        model.base = nn.Parameter(torch.full((3,), value), requires_grad=False)
+        return model
+    state(half_frozen(1.), folder=tmp_path)
+    with pytest.raises(ValueError, match='frozen weights is'): state(half_frozen(2.), folder=tmp_path)
+    model = half_frozen(5.)
+    load_weights(model, tmp_path)
+    assert (model.base == 5).all() and not torch.equal(model.outer.weight, Net().outer.weight)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    state(folder=tmp_path)
+    file = tmp_path/'state.safetensors'
+    whole = file.read_bytes()
+    bit = bytearray(whole); bit[-100] ^= 4
+    for bad in (whole[:len(whole)//2], whole[:5], b'', bytes(bit), b'\x80\x04pickle' + whole):
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match='state.safetensors is damaged .* put a copy back, or delete it'): state(folder=tmp_path)
+        with pytest.raises(ValueError, match='is damaged'): load_weights(Net(), tmp_path)
+        assert file.read_bytes() == bad, 'nothing may be written over it'
+
+
+def test_a_half_written_file_is_ignored(tmp_path):
+    (tmp_path/'state.tmp').write_bytes(b'half')
+    assert len(state(folder=tmp_path)[1]) == 12 and [p.name for p in tmp_path.iterdir()] == ['state.safetensors']
+
+
+def test_a_checkpoint_is_tensors_and_json(tmp_path):
+    state(folder=tmp_path)
+    data = (tmp_path/'state.safetensors').read_bytes()
+    header = json.loads(data[8:8 + struct.unpack('<Q', data[:8])[0]])
+    meta = json.loads(header['__metadata__']['facegen'])
+    assert meta['step'] == 12 and meta['about']['lr'] == .01
+    assert {k.split('.')[0] for k in header} == {'__metadata__', 'model', 'ema', 'adam'}
+
+
+def test_load_weights(tmp_path):
+    whole, steps = state(folder=tmp_path)
+    model = Net(.2).train()
+    assert load_weights(model, tmp_path)['step'] == 12 and not model.training
+    assert all(torch.equal(p, whole[f'ema {i}']) for i, p in enumerate(model.parameters()))
+    load_weights(model, tmp_path/'state.safetensors', ema=False)
+    assert all(torch.equal(x, whole[n]) for n, x in model.state_dict().items())
+    with pytest.raises(ValueError, match=r'does not fit the model: inner.bias is \[8\] there and \[4\] here'): load_weights(Net(width=4), tmp_path)
+    with pytest.raises(FileNotFoundError, match='no checkpoint at .*train there first'): load_weights(Net(), tmp_path/'nowhere')
+    state(folder=tmp_path/'raw', ema=0.)
+    with pytest.raises(ValueError, match='no averaged weights .* pass ema=False'): load_weights(Net(), tmp_path/'raw')
+
+
+# Refusals
+
+def test_configuration_errors():
+    with pytest.raises(TypeError, match="no 'warm_up': did you mean warmup"): TrainConfig(warm_up=5)
+    for key, value in dict(steps=0, batch=0, lr=0., ema=1., precision='half', decay='linear', save_every=0, micro=-1).items():
+        with pytest.raises(ValueError, match=f'TrainConfig: {key} cannot be {value!r}'): TrainConfig(**{key: value})
+
+
+def test_bad_input_is_named():
+    faces = Faces()
+    faces.image[7] = math.nan
+    with pytest.raises(FloatingPointError, match=r'the loss of step \d+ is nan for these faces: 000007; look at them'): state(faces=faces)
+    with pytest.raises(ValueError, match='no faces to train on'): state(faces=Faces(0))
+    with pytest.raises(ValueError, match='nothing to train'): state(Net().requires_grad_(False))
+    with pytest.raises(ValueError, match=r'one value per face, \(4,\), not \(\)'): state(loss=lambda m, f, d: LOSS(m, f, d).mean())
+
+
+def test_a_bad_loss_never_reaches_the_weights(tmp_path):
+    faces, model = Faces(), Net()
+    loss = lambda model, face, draw: LOSS(model, face, draw)*(math.inf if draw.step == 6 else 1)
+    with pytest.raises(FloatingPointError, match='the loss of step 7 is inf'): list(train(model, faces, loss, config(), tmp_path))
+    assert all(x.isfinite().all() for x in model.state_dict().values())
+    assert load_weights(Net(), tmp_path)['step'] == 5, 'the last good checkpoint is still there'
+
+
+def test_a_bad_gradient_stops_the_run():
+    loss = lambda model, face, draw: LOSS(model, face, draw) + (model.outer.bias[0]*0).sqrt().expand(len(face.image))
+    with pytest.raises(FloatingPointError, match='the gradient of step 1 is not finite, though the loss is .*faces: 0'): state(loss=loss)
