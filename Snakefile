@@ -1,7 +1,7 @@
 # The study as a graph: faces -> judges -> generators -> figures. Rows, scales and names live in `facegen.study`.
 #   snakemake -c2 -k --config scale=laptop seeds=3 -- study
 #   snakemake --profile profiles/slurm --config scale=gpu seeds=3 -- study
-from facegen.study import DEMO, FIGURES, figure_name, fingerprint, job, names, pack_path
+from facegen.study import DEMO, FIGURES, default_params, figure_name, fingerprint, job, names, pack_path
 
 SCALE, SEEDS = config.get('scale', 'laptop'), int(config.get('seeds', 1))
 STUDY, SHOWN = names(SCALE, SEEDS), names(SCALE, SEEDS, DEMO)
@@ -11,13 +11,12 @@ def result(names): return [f'data/results/{n}.json' for n in names]
 
 def faces(run):
     "The packed faces that a run starts from"
-    from facegen.study import default_params
     p = {**default_params(job(run)['notebook']), **job(run)['params']}
     return p['faces'], p['n_faces'], p['size']
 
 def needs(w): return [PACKED[faces(w.run)], *result(job(w.run)['needs'])]
 
-PACKED = {f: str(pack_path(*f).relative_to(pack_path(*f).parents[2])/'dataset_info.json') for f in {faces(n) for n in STUDY + SHOWN}}
+PACKED = {f: str(pack_path(*f).relative_to(pack_path(*f).parents[2])/'faces.json') for f in {faces(n) for n in STUDY + SHOWN}}
 BY_PATH = {v: k for k, v in PACKED.items()}
 
 localrules: demo, study
@@ -29,7 +28,7 @@ rule study:
     input: result(STUDY), PICTURES
 
 rule faces:
-    output: 'data/faces/{pack}/dataset_info.json'
+    output: 'data/faces/{pack}/faces.json'
     params: what=lambda w, output: '{} {} {}'.format(*BY_PATH[str(output)])
     threads: 2
     shell: 'facegen pack {params.what}'
@@ -43,7 +42,7 @@ rule row:
     shell: 'facegen launch {wildcards.run}'
 
 rule figure:
-    input: result(STUDY if 'study' in sys.argv else SHOWN)
+    input: result(SHOWN)
     output: 'figures/{name}.png'
     params: notebook=lambda w: next(k for k, v in FIGURES.items() if figure_name(v, SCALE) == w.name)
     shell: 'facegen draw {params.notebook} {SCALE}'

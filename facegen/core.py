@@ -137,10 +137,11 @@ def save_result(
     seconds:float=None, # How long the run took
 )->Path:                # The JSON's path; raises ValueError if the schema is broken
     "Check a result and write it, one metric a line, so that a diff can be read"
-    result = dict(run=run, params=params, metrics=metrics, env=environment(seconds))
+    short = lambda v: float(f'{v:.6g}') if isinstance(v, float) else v
+    result = dict(run=run, params=params, metrics=[{k: short(v) for k, v in m.items()} for m in metrics], env=environment(seconds))
     bad = result_problems(result)
     if bad: raise ValueError(f'the result of {run} was not written: ' + '; '.join(bad))
-    lines = ',\n  '.join(json.dumps(m, allow_nan=False) for m in metrics)
+    lines = ',\n  '.join(json.dumps(m, allow_nan=False) for m in result['metrics'])
     body = ',\n '.join(f'"{k}": {json.dumps(result[k], allow_nan=False)}' for k in ('run', 'params', 'env'))
     return write_atomic(result_path(run), f'{{{body},\n "metrics": [\n  {lines}]}}\n'.encode())
 

@@ -37,6 +37,7 @@ class TrainConfig:
     device:str = ''           # '' takes the best there is; or cpu, cuda, mps
     workers:int = 0           # Processes that load faces
     save_every:int = 500      # Optimiser steps between checkpoints
+    keep:bool = False         # Leave each checkpoint in the folder as step-000500.safetensors
 
     def __new__(cls, **keys):
         for key in keys.keys() - cls.__dataclass_fields__.keys():

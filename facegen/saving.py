@@ -79,8 +79,8 @@ def trained(
 
 def frozen(model): return {n: p for n, p in model.named_parameters() if not p.requires_grad}
 
-# %% ../nbs/08_saving.ipynb #c364e5fe
-FREE = {'device', 'workers', 'micro', 'save_every'} # What may differ when a run goes on
+# %% ../nbs/08_saving.ipynb #a457b0f4
+FREE = {'device', 'workers', 'micro', 'save_every', 'keep'} # What may differ when a run goes on
 
 def describe(
     run:Run,

@@ -71,7 +71,8 @@ UNETS = dict(
     r4=dict(      widths=(128, 256, 384, 512),            down='DAAA',   layers=2, adagn=True),
     r5=dict(      widths=(128, 128, 256, 256, 512, 512),  down='DDDDAD', layers=2, adagn=True),
     r6=dict(      widths=(160, 320, 640, 640),            down='DAAD',   layers=2, adagn=True, head_dim=64),
-    laptop=dict(  widths=(32, 64, 128),                   down='DAD',    layers=1, head_dim=32, groups=16, fold=2),
+    laptop=dict(  widths=(32, 64, 96),                    down='DAD',    layers=1, adagn=True, head_dim=32, groups=16, fold=2),
+    gpu=dict(     widths=(128, 256, 256),                 down='DAA',    layers=2, adagn=True, head_dim=64, fold=2),
     smoke=dict(   widths=(16, 16),                        down='DA',     layers=1, head_dim=8, groups=8, fold=2))
 
 # %% ../nbs/06_unet.ipynb #6165d80e

@@ -354,3 +354,14 @@ def test_a_bad_loss_never_reaches_the_weights(tmp_path):
 def test_a_bad_gradient_stops_the_run():
     loss = lambda model, face, draw: LOSS(model, face, draw) + (model.outer.bias[0]*0).sqrt().expand(len(face.image))
     with pytest.raises(FloatingPointError, match='the gradient of step 1 is not finite, though the loss is .*faces: 0'): state(loss=loss)
+
+
+def test_kept_steps_are_whole_also_when_killed_before_the_copy(tmp_path):
+    "Each checkpoint stays under its step's name; the copy that a killed run did not make is made when it goes on"
+    whole, cut = tmp_path/'whole', tmp_path/'cut'
+    state(folder=whole, keep=True)
+    assert [p.name for p in sorted(whole.glob('step-*'))] == [f'step-{k:06d}.safetensors' for k in (0, 5, 10, 12)]
+    for step in train(Net(.2), Faces(), LOSS, config(keep=True), cut):
+        if step.step == 5: break
+    (cut/'step-000005.safetensors').unlink(); state(folder=cut, keep=True)
+    for p in whole.glob('step-*'): assert (cut/p.name).read_bytes() == p.read_bytes()

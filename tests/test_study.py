@@ -1,0 +1,105 @@
+"""The table of rows fits its notebooks, and a batch skips, resumes, fails and recovers as it should."""
+import json, os, shutil, subprocess, sys, time
+from pathlib import Path
+import nbformat, papermill, pytest
+from facegen import study
+from facegen.core import load_result, save_result
+
+REPO = Path(__file__).resolve().parents[1]
+RECORD = dict(metric='frechet', value=1., n=64, low=.9, high=1.2, floor=.1, ceiling=None, headline=True, network='x')
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv('FACEGEN_ROOT', str(tmp_path)); monkeypatch.delenv('FACEGEN_FACES', raising=False); return tmp_path.resolve()
+
+
+@pytest.mark.parametrize('scale', study.SCALES)
+@pytest.mark.parametrize('row', study.RUNS)
+def test_every_row_fits_its_notebook(row, scale):
+    "Each argument of each row at each scale is declared by the notebook, with a value of the declared type"
+    job = study.job(study.run_name(row, scale, 1)); known = papermill.inspect_notebook(str(study.notebook_path(job['notebook'])))
+    assert study.unknown_params(job['notebook'], job['params']) == []
+    for k, v in job['params'].items(): assert type(v).__name__ == known[k]['inferred_type_name'], (k, v)
+
+
+@pytest.mark.parametrize('notebook', sorted({r.notebook for r in study.RUNS.values()}))
+def test_a_parameters_cell_is_its_own_help(notebook):
+    "Every parameter has a type, a default of that type and a comment"
+    for name, p in papermill.inspect_notebook(str(study.notebook_path(notebook))).items():
+        assert p['inferred_type_name'] != 'None' and p['help'], name
+        assert type(study.default_params(notebook)[name]).__name__ == p['inferred_type_name'], name
+
+
+def test_names_go_there_and_back():
+    for row in study.RUNS:
+        for scale in study.SCALES: assert study.parse_name(study.run_name(row, scale, 3)) == (study.RUNS[row], scale, 3)
+    for bad in ('unet', 'unet-laptop', 'unet-desktop-s0', 'vnet-laptop-s0', '_unet-laptop-s0', 'unet-laptop-s01'):
+        with pytest.raises(ValueError, match='names no run'): study.parse_name(bad)
+
+
+def test_judges_are_shared_by_all_seeds():
+    assert study.job('unet-laptop-s2')['needs'] == ['classifier-laptop-s0']
+    assert study.names('laptop', 3, study.DEMO) == ['classifier-laptop-s0', 'parser-laptop-s0', 'unet-laptop-s0', 'unet-laptop-s1', 'unet-laptop-s2']
+
+
+def test_rows_without_faces_are_left_out_and_named(home, capsys, monkeypatch):
+    study.main(['plan', 'laptop', '1'])
+    out = capsys.readouterr().out
+    assert '3 runs' in out and 'left out' in out and 'unet-celeba64' in out
+    (home/'celeba64').mkdir(); monkeypatch.setenv('FACEGEN_FACES', str(home))
+    assert 'unet-celeba64-laptop-s0' in study.names('laptop')
+    with pytest.raises(FileNotFoundError, match='FACEGEN_FACES'): study.find_faces('celeba65')
+
+
+def test_an_argument_that_no_notebook_knows_is_an_error(home):
+    with pytest.raises(ValueError, match='30_run_judges has no parameter stepz'): study.execute('30_run_judges', home/'x.ipynb', dict(stepz=1), 'x')
+
+
+def test_fingerprint_follows_arguments_and_code_but_not_prose(home, monkeypatch):
+    a = study.fingerprint('unet-laptop-s0')
+    assert a != study.fingerprint('unet-laptop-s1')
+    nb = nbformat.read(study.notebook_path('32_run_unconditional'), 4); monkeypatch.setattr(study, 'notebook_path', lambda _: home/'n.ipynb')
+    nb.cells[0].source += ' More prose.'; nbformat.write(nb, home/'n.ipynb'); assert study.fingerprint('unet-laptop-s0') == a
+    nb.cells[-1].source += '\n1 + 1'; nbformat.write(nb, home/'n.ipynb'); assert study.fingerprint('unet-laptop-s0') != a
+
+
+def test_results_and_table(home):
+    save_result('unet-laptop-s0', dict(steps=3), [RECORD, RECORD | dict(headline=False)], 5); save_result('stray', {}, [RECORD])
+    save_result('_unet-smoke-s0', {}, [RECORD])
+    assert len(study.results()) == 3 and len(study.results('laptop')) == 2 and len(study.table('laptop')) == 1
+    with pytest.raises(ValueError, match='no results at scale gpu'): study.table('gpu')
+
+
+def snake(home, *more, ok=True):
+    "Run the Snakefile at smoke in `home`"
+    p = subprocess.run(['snakemake', '--snakefile', str(REPO/'Snakefile'), '--directory', str(home), '--cores', '2', '--keep-going', '--rerun-incomplete',
+                        '--config', 'scale=smoke', 'seeds=2', *more[:0], '--', *(more or ['demo'])],
+                       capture_output=True, text=True, env={**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'MPLBACKEND': 'agg'})
+    assert (p.returncode == 0) == ok, p.stdout + p.stderr
+    return p.stdout + p.stderr
+
+
+def test_a_batch_runs_skips_and_reruns_only_what_changed(home):
+    "Everything runs once; then nothing; then only the row whose result is gone, and what hangs on it"
+    snake(home)
+    made = {p.name: p.stat().st_mtime_ns for p in (home/'data/results').glob('*.json')}
+    assert set(made) == {f'{n}.json' for n in study.names('smoke', 2, study.DEMO)}
+    assert (home/f"figures/{study.figure_name('what-does-ema-buy', 'smoke')}.png").stat().st_size > 5000
+    assert 'Nothing to be done' in snake(home)
+    a, b = (load_result(home/f'data/results/_unet-smoke-s{s}.json') for s in (0, 1))
+    assert a['params']['seed'] == 0 and b['params']['seed'] == 1 and a['metrics'] != b['metrics']
+    before = a['metrics']; (home/'data/results/_unet-smoke-s0.json').unlink(); snake(home)
+    now = {p.name: p.stat().st_mtime_ns for p in (home/'data/results').glob('*.json')}
+    assert {n for n in made if now[n] != made[n]} == {'_unet-smoke-s0.json'}
+    assert load_result(home/'data/results/_unet-smoke-s0.json')['metrics'] == before  # the same numbers, to the last bit
+
+
+def test_a_failing_row_stops_its_branch_only_and_keeps_its_notebook(home):
+    "A judge whose folder holds a foreign state fails; the parser, another branch, is still made"
+    bad = home/'data/runs/_classifier-smoke-s0'; bad.mkdir(parents=True); (bad/'state.safetensors').write_bytes(b'not a state')
+    out = snake(home, ok=False)
+    assert (home/'data/results/_parser-smoke-s0.json').exists() and not (home/'data/results/_unet-smoke-s0.json').exists()
+    assert '_classifier-smoke-s0 failed with' in out and str(bad/'_classifier-smoke-s0.ipynb') in out
+    kept = nbformat.read(bad/'_classifier-smoke-s0.ipynb', 4)
+    assert any(o.output_type == 'error' for c in kept.cells if c.cell_type == 'code' for o in c.outputs)
