@@ -1,7 +1,8 @@
-# The study as a graph: faces -> judges -> generators -> figures. Rows, scales and names live in `facegen.study`.
+# The study as a graph: faces -> judges -> generators -> figures. Rows, scales and names live in `facegen.rows`.
 #   snakemake -c2 -k --config scale=laptop seeds=3 -- study
 #   snakemake --profile profiles/slurm --config scale=gpu seeds=3 -- study
-from facegen.study import DEMO, FIGURES, default_params, figure_name, fingerprint, job, names, pack_path
+from facegen.rows import DEMO, FIGURES, default_params, fingerprint, job, names
+from facegen.study import figure_name, pack_path
 
 SCALE, SEEDS = config.get('scale', 'laptop'), int(config.get('seeds', 1))
 STUDY, SHOWN = names(SCALE, SEEDS), names(SCALE, SEEDS, DEMO)

@@ -4,19 +4,16 @@
 
 # %% auto #0
 __all__ = ['resize', 'half_shrunk', 'Block', 'Classifier', 'attribute_loss', 'fit_classifier', 'Parser', 'mask_loss',
-           'class_weights', 'fit_parser', 'balanced_accuracy', 'confusion', 'iou', 'bootstrap', 'record', 'ask',
-           'classifier_report', 'parser_report', 'load_classifier']
+           'class_weights', 'fit_parser', 'load_classifier']
 
-# %% ../nbs/20_judges.ipynb #566e30b5
-import numpy as np
+# %% ../nbs/20_judges.ipynb #4694af0a
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
-from torchmetrics.functional.classification import multilabel_average_precision
 
-from .core import generator, progress, seed_all
+from .core import progress, seed_all
 from .faces import ATTRIBUTES, PARTS, Face
 
 # %% ../nbs/20_judges.ipynb #7cdbd4f4
@@ -140,91 +137,6 @@ def fit_parser(
     model.weight.copy_(class_weights(faces))
     for _ in progress(train(model, faces, mask_loss, cfg, folder), 'training the parser', cfg.steps): pass
     return model.eval()
-
-# %% ../nbs/20_judges.ipynb #df3b3ab5
-def balanced_accuracy(
-    said:torch.Tensor, # Answers, (n,40) bool
-    true:torch.Tensor, # 0, 1 or NaN for unknown, (n,40)
-)->torch.Tensor:       # (40,), NaN where a class never occurs
-    "Mean of the true positive and the true negative rate of each attribute"
-    hit = lambda wanted: ((said == wanted) & (true == wanted)).sum(0)/(true == wanted).sum(0)
-    return (hit(1) + hit(0))/2
-
-def confusion(
-    said:torch.Tensor, # Classes, (n,H,W)
-    true:torch.Tensor, # Classes, -1 where unknown, (n,H,W)
-)->torch.Tensor:       # Pixel counts of each face, (n,19,19), true class first
-    "Count which class was taken for which"
-    k = len(PARTS)
-    return torch.stack([torch.bincount((t[t >= 0]*k + s[t >= 0]), minlength=k*k).view(k, k) for s, t in zip(said, true)])
-
-def iou(
-    counts:torch.Tensor, # Confusion of each face, (n,19,19)
-)->torch.Tensor:         # (19,), NaN where a class never occurs in truth or answer
-    "Intersection over union of each class, over all pixels together"
-    c = counts.sum(0).double()
-    return c.diag()/(c.sum(0) + c.sum(1) - c.diag())
-
-# %% ../nbs/20_judges.ipynb #0c30dd0e
-def bootstrap(
-    stat,          # Takes row numbers (n,), returns a number
-    n:int,         # How many rows there are
-    boots:int=200, # Resamples
-    seed:int=0,    # Names the resamples
-)->tuple:          # (low, high), the middle 95 %
-    "Percentile interval of `stat` over resampled rows"
-    g = generator('bootstrap', seed)
-    values = [float(stat(torch.randint(n, (n,), generator=g))) for _ in range(boots)]
-    return tuple(np.nanpercentile(values, [2.5, 97.5]).tolist())
-
-# %% ../nbs/20_judges.ipynb #2e9e81e0
-def record(metric, stat, floor, n, **tags):
-    "One metric record with a bootstrap interval; `stat` and `floor` take row numbers"
-    rows = torch.arange(n); low, high = bootstrap(stat, n); value = float(stat(rows))
-    return dict(metric=metric, value=value, n=n, low=min(low, value), high=max(high, value), floor=float(floor(rows)), ceiling=1., **tags)
-
-@torch.no_grad()
-def ask(model, faces, size, batch=128):
-    "Run `model` over `faces` as seen at `size` px; returns outputs, attributes and masks at that size"
-    out, attrs, masks = [], [], []
-    for rows in torch.arange(len(faces)).split(batch):
-        f = faces[rows]; out.append(model(resize(f.image, size))); attrs.append(f.attrs)
-        masks.append(F.interpolate(f.mask[:, None].float(), (size, size), mode='nearest-exact')[:, 0].long())
-    return torch.cat(out), torch.cat(attrs), torch.cat(masks)
-
-# %% ../nbs/20_judges.ipynb #9b16c71d
-def classifier_report(
-    model:Classifier, # A trained classifier
-    faces,            # Held-out `Faces`
-    size:int,         # Side at which the classifier sees them, px
-)->list:              # Metric records: macro scores, then one record an attribute
-    "Score a classifier on held-out faces; `Attractive` is left out of the means (see `toyfaces`)"
-    logits, attrs, _ = ask(model, faces, size)
-    said, other = torch.sigmoid(logits) > model.prevalence, attrs.roll(1, 0)
-    keep = [i for i, a in enumerate(ATTRIBUTES) if a != 'Attractive']
-    ba = lambda truth: lambda rows: balanced_accuracy(said[rows], truth[rows])[keep].nanmean()
-    def ap(truth):
-        def stat(rows):
-            t = truth[rows]; seen = [i for i in keep if (t[:, i] == 1).any()]  # an attribute without a single yes has no precision
-            return multilabel_average_precision(logits[rows][:, seen], t[:, seen].nan_to_num(-1.).long(), len(seen), 'macro', ignore_index=-1)
-        return stat
-    one = balanced_accuracy(said, attrs)
-    n = len(attrs); lost = dict(low=None, high=None, floor=.5, ceiling=1., size=size)
-    return ([record('balanced_accuracy', ba(attrs), ba(other), n, size=size), record('average_precision', ap(attrs), ap(other), n, size=size)]
-            + [dict(metric='balanced_accuracy_one', value=float(v), n=n, attribute=a, **lost) for a, v in zip(ATTRIBUTES, one) if not v.isnan()])
-
-def parser_report(
-    model:Parser, # A trained parser
-    faces,        # Held-out `Faces`
-    size:int,     # Side at which the parser sees them, px
-)->list:          # Metric records: the mean, then one record a class
-    "Score a parser on held-out faces"
-    logits, _, masks = ask(model, faces, size)
-    said = logits.argmax(1); counts, other = confusion(said, masks), confusion(said, masks.roll(1, 0))
-    n = len(masks); each, floors = iou(counts), iou(other)
-    return ([record('miou', lambda r: iou(counts[r]).nanmean(), lambda r: iou(other[r]).nanmean(), n, size=size)]
-            + [dict(metric='iou_one', value=float(v), n=n, low=None, high=None, floor=float(f), ceiling=1., size=size, part=p)
-               for p, v, f in zip(PARTS, each, floors) if not v.isnan()])
 
 # %% ../nbs/20_judges.ipynb #5c83480d
 def load_classifier(

@@ -1,7 +1,7 @@
 """The judges learn, score as the libraries do, and say how right they are."""
 import pytest, torch
 from torchmetrics.classification import MulticlassJaccardIndex, MultilabelRecall, MultilabelSpecificity
-from facegen import judges
+from facegen import judges, scores
 from facegen.core import seed_all
 from facegen.faces import ATTRIBUTES, PARTS, Face
 from facegen.loss import Draw
@@ -37,13 +37,13 @@ def parser(crowd): return judges.fit_parser(crowd, cfg, size=32, width=16)
 
 
 def test_the_classifier_learns_and_knows_its_floor(classifier, other):
-    report = judges.classifier_report(classifier, other, 32); m = value(report, 'balanced_accuracy')
+    report = scores.classifier_report(classifier, other, 32); m = value(report, 'balanced_accuracy')
     assert m['value'] > m['floor'] + .06 and abs(m['floor'] - .5) < .06 and m['low'] < m['value'] < m['high'] and m['n'] == len(other)
     assert {r['attribute'] for r in report if 'attribute' in r} <= set(ATTRIBUTES)
 
 
 def test_the_parser_learns_and_knows_its_floor(parser, other):
-    m = value(judges.parser_report(parser, other, 32), 'miou')
+    m = value(scores.parser_report(parser, other, 32), 'miou')
     assert m['value'] > m['floor'] + .1 and m['low'] <= m['value'] <= m['high']
 
 
@@ -74,10 +74,10 @@ def test_scores_equal_torchmetrics():
     g = torch.Generator().manual_seed(0)
     said, true = (torch.rand(50, 40, generator=g) < .4 for _ in range(2))
     lib = sum(M(40, average=None)(said.int(), true.int()) for M in (MultilabelRecall, MultilabelSpecificity))/2
-    assert torch.allclose(judges.balanced_accuracy(said, true.float()), lib)
+    assert torch.allclose(scores.balanced_accuracy(said, true.float()), lib)
     p, t = (torch.randint(19, (6, 16, 16), generator=g) for _ in range(2)); t[0, :4] = -1
     lib = MulticlassJaccardIndex(19, average=None, ignore_index=-1)(p, t)
-    assert torch.allclose(judges.iou(judges.confusion(p, t)).float(), lib, atol=1e-6)
+    assert torch.allclose(scores.iou(scores.confusion(p, t)).float(), lib, atol=1e-6)
 
 
 def test_unknown_attributes_and_pixels_do_not_pull():
@@ -87,7 +87,7 @@ def test_unknown_attributes_and_pixels_do_not_pull():
     nothing = Face(f.image, torch.full_like(f.attrs, torch.nan), torch.full_like(f.mask, -1))
     assert (judges.attribute_loss(clf, nothing, draw(4)) == 0).all() and (judges.mask_loss(par, nothing, draw(4)) == 0).all()
     said = torch.ones(4, 40, dtype=torch.bool)
-    assert judges.balanced_accuracy(said, nothing.attrs).isnan().all()
+    assert scores.balanced_accuracy(said, nothing.attrs).isnan().all()
 
 
 def test_faces_without_labels_get_a_sentence():
@@ -98,5 +98,5 @@ def test_faces_without_labels_get_a_sentence():
 
 def test_bootstrap_of_a_mean_is_about_the_textbook_interval():
     x = torch.randn(400, generator=torch.Generator().manual_seed(0)).double()
-    low, high = judges.bootstrap(lambda rows: x[rows].mean(), 400, boots=500)
+    low, high = scores.bootstrap(lambda rows: x[rows].mean(), 400, boots=500)
     assert abs((high - low)/(2*1.96*x.std()/20) - 1) < .15 and low < x.mean() < high

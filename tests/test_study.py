@@ -2,7 +2,7 @@
 import json, os, shutil, subprocess, sys, time
 from pathlib import Path
 import nbformat, papermill, pytest
-from facegen import study
+from facegen import rows, study
 from facegen.core import load_result, save_result
 
 REPO = Path(__file__).resolve().parents[1]
@@ -14,33 +14,33 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv('FACEGEN_ROOT', str(tmp_path)); monkeypatch.delenv('FACEGEN_FACES', raising=False); return tmp_path.resolve()
 
 
-@pytest.mark.parametrize('scale', study.SCALES)
-@pytest.mark.parametrize('row', study.RUNS)
+@pytest.mark.parametrize('scale', rows.SCALES)
+@pytest.mark.parametrize('row', rows.RUNS)
 def test_every_row_fits_its_notebook(row, scale):
     "Each argument of each row at each scale is declared by the notebook, with a value of the declared type"
-    job = study.job(study.run_name(row, scale, 1)); known = papermill.inspect_notebook(str(study.notebook_path(job['notebook'])))
-    assert study.unknown_params(job['notebook'], job['params']) == []
+    job = rows.job(rows.run_name(row, scale, 1)); known = papermill.inspect_notebook(str(rows.notebook_path(job['notebook'])))
+    assert rows.unknown_params(job['notebook'], job['params']) == []
     for k, v in job['params'].items(): assert type(v).__name__ == known[k]['inferred_type_name'], (k, v)
 
 
-@pytest.mark.parametrize('notebook', sorted({r.notebook for r in study.RUNS.values()}))
+@pytest.mark.parametrize('notebook', sorted({r.notebook for r in rows.RUNS.values()}))
 def test_a_parameters_cell_is_its_own_help(notebook):
     "Every parameter has a type, a default of that type and a comment"
-    for name, p in papermill.inspect_notebook(str(study.notebook_path(notebook))).items():
+    for name, p in papermill.inspect_notebook(str(rows.notebook_path(notebook))).items():
         assert p['inferred_type_name'] != 'None' and p['help'], name
-        assert type(study.default_params(notebook)[name]).__name__ == p['inferred_type_name'], name
+        assert type(rows.default_params(notebook)[name]).__name__ == p['inferred_type_name'], name
 
 
 def test_names_go_there_and_back():
-    for row in study.RUNS:
-        for scale in study.SCALES: assert study.parse_name(study.run_name(row, scale, 3)) == (study.RUNS[row], scale, 3)
+    for row in rows.RUNS:
+        for scale in rows.SCALES: assert rows.parse_name(rows.run_name(row, scale, 3)) == (rows.RUNS[row], scale, 3)
     for bad in ('unet', 'unet-laptop', 'unet-desktop-s0', 'vnet-laptop-s0', '_unet-laptop-s0', 'unet-laptop-s01'):
-        with pytest.raises(ValueError, match='names no run'): study.parse_name(bad)
+        with pytest.raises(ValueError, match='names no run'): rows.parse_name(bad)
 
 
 def test_judges_are_shared_by_all_seeds():
-    assert study.job('unet-laptop-s2')['needs'] == ['classifier-laptop-s0']
-    assert study.names('laptop', 3, study.DEMO) == ['classifier-laptop-s0', 'parser-laptop-s0', 'unet-laptop-s0', 'unet-laptop-s1', 'unet-laptop-s2']
+    assert rows.job('unet-laptop-s2')['needs'] == ['classifier-laptop-s0']
+    assert rows.names('laptop', 3, rows.DEMO) == ['classifier-laptop-s0', 'parser-laptop-s0', 'unet-laptop-s0', 'unet-laptop-s1', 'unet-laptop-s2']
 
 
 def test_rows_without_faces_are_left_out_and_named(home, capsys, monkeypatch):
@@ -48,8 +48,8 @@ def test_rows_without_faces_are_left_out_and_named(home, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert '3 runs' in out and 'left out' in out and 'unet-celeba64' in out
     (home/'celeba64').mkdir(); monkeypatch.setenv('FACEGEN_FACES', str(home))
-    assert 'unet-celeba64-laptop-s0' in study.names('laptop')
-    with pytest.raises(FileNotFoundError, match='FACEGEN_FACES'): study.find_faces('celeba65')
+    assert 'unet-celeba64-laptop-s0' in rows.names('laptop')
+    with pytest.raises(FileNotFoundError, match='FACEGEN_FACES'): rows.find_faces('celeba65')
 
 
 def test_an_argument_that_no_notebook_knows_is_an_error(home):
@@ -57,11 +57,11 @@ def test_an_argument_that_no_notebook_knows_is_an_error(home):
 
 
 def test_fingerprint_follows_arguments_and_code_but_not_prose(home, monkeypatch):
-    a = study.fingerprint('unet-laptop-s0')
-    assert a != study.fingerprint('unet-laptop-s1')
-    nb = nbformat.read(study.notebook_path('32_run_unconditional'), 4); monkeypatch.setattr(study, 'notebook_path', lambda _: home/'n.ipynb')
-    nb.cells[0].source += ' More prose.'; nbformat.write(nb, home/'n.ipynb'); assert study.fingerprint('unet-laptop-s0') == a
-    nb.cells[-1].source += '\n1 + 1'; nbformat.write(nb, home/'n.ipynb'); assert study.fingerprint('unet-laptop-s0') != a
+    a = rows.fingerprint('unet-laptop-s0')
+    assert a != rows.fingerprint('unet-laptop-s1')
+    nb = nbformat.read(rows.notebook_path('32_run_unconditional'), 4); monkeypatch.setattr(rows, 'notebook_path', lambda _: home/'n.ipynb')
+    nb.cells[0].source += ' More prose.'; nbformat.write(nb, home/'n.ipynb'); assert rows.fingerprint('unet-laptop-s0') == a
+    nb.cells[-1].source += '\n1 + 1'; nbformat.write(nb, home/'n.ipynb'); assert rows.fingerprint('unet-laptop-s0') != a
 
 
 def test_results_and_table(home):
@@ -84,7 +84,7 @@ def test_a_batch_runs_skips_and_reruns_only_what_changed(home):
     "Everything runs once; then nothing; then only the row whose result is gone, and what hangs on it"
     snake(home)
     made = {p.name: p.stat().st_mtime_ns for p in (home/'data/results').glob('*.json')}
-    assert set(made) == {f'{n}.json' for n in study.names('smoke', 2, study.DEMO)}
+    assert set(made) == {f'{n}.json' for n in rows.names('smoke', 2, rows.DEMO)}
     assert (home/f"figures/{study.figure_name('what-does-ema-buy', 'smoke')}.png").stat().st_size > 5000
     assert 'Nothing to be done' in snake(home)
     a, b = (load_result(home/f'data/results/_unet-smoke-s{s}.json') for s in (0, 1))
