@@ -25,18 +25,20 @@ setup: .venv/ready  ## make the virtual environment (about 2 GB)
 	@touch $@
 
 demo: setup  ## draw faces, train, measure, draw the figures, print the table
+	@$(BIN)/facegen plan $(SCALE) 1 classifier parser unet
 	@$(SNAKE) --config scale=$(SCALE) seeds=1 -- demo
-	@$(BIN)/python -m facegen.study table $(SCALE)
+	@$(BIN)/facegen table $(SCALE)
 
 study: setup  ## run every row of the study at SCALE with SEEDS seeds, then the figures
+	@$(BIN)/facegen plan $(SCALE) $(SEEDS)
 	@$(SNAKE) --config scale=$(SCALE) seeds=$(SEEDS) -- study
-	@$(BIN)/python -m facegen.study table $(SCALE)
+	@$(BIN)/facegen table $(SCALE)
 
 figures: setup  ## draw every figure again from data/results
-	@$(BIN)/python -m facegen.study figures $(SCALE)
+	@$(BIN)/facegen figures $(SCALE)
 
 table: setup  ## print the table of results
-	@$(BIN)/python -m facegen.study table $(SCALE)
+	@$(BIN)/facegen table $(SCALE)
 
 notebooks: setup  ## run every chapter in place and save its small outputs
 	@for nb in nbs/index.ipynb nbs/[01245]*.ipynb; do echo $$nb; $(BIN)/jupyter execute --inplace $$nb 2>/dev/null || exit 1; done
