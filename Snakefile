@@ -8,14 +8,14 @@ SCALE, SEEDS = config.get('scale', 'laptop'), int(config.get('seeds', 1))
 STUDY, SHOWN = names(SCALE, SEEDS), names(SCALE, SEEDS, DEMO)
 PICTURES = [f'figures/{figure_name(f, SCALE)}.png' for f in FIGURES.values()]
 
-def result(names): return [f'data/results/{n}.json' for n in names]
-
 def faces(run):
     "The packed faces that a run starts from"
     p = {**default_params(job(run)['notebook']), **job(run)['params']}
     return p['faces'], p['n_faces'], p['size']
 
-def needs(w): return [PACKED[faces(w.run)], *result(job(w.run)['needs'])]
+def done(names): return [f'data/runs/{n}/done' for n in names]
+
+def needs(w): return [PACKED[faces(w.run)], *done(job(w.run)['needs'])]
 
 PACKED = {f: str(pack_path(*f).relative_to(pack_path(*f).parents[2])/'faces.json') for f in {faces(n) for n in STUDY + SHOWN}}
 BY_PATH = {v: k for k, v in PACKED.items()}
@@ -23,10 +23,10 @@ BY_PATH = {v: k for k, v in PACKED.items()}
 localrules: demo, study
 
 rule demo:
-    input: result(SHOWN), PICTURES
+    input: done(SHOWN), PICTURES
 
 rule study:
-    input: result(STUDY), PICTURES
+    input: done(STUDY), PICTURES
 
 rule faces:
     output: 'data/faces/{pack}/faces.json'
@@ -36,14 +36,14 @@ rule faces:
 
 rule row:
     input: needs
-    output: 'data/results/{run}.json'
+    output: 'data/results/{run}.json', touch('data/runs/{run}/done')  # results are in git, so the stamp says whether it ran here
     log: notebook='data/runs/{run}/{run}.ipynb'
     params: fingerprint=lambda w: fingerprint(w.run)
     threads: 1
     shell: 'facegen launch {wildcards.run}'
 
 rule figure:
-    input: result(SHOWN)
+    input: done(SHOWN)
     output: 'figures/{name}.png'
     params: notebook=lambda w: next(k for k, v in FIGURES.items() if figure_name(v, SCALE) == w.name)
     shell: 'facegen draw {params.notebook} {SCALE}'
