@@ -13,7 +13,7 @@ def faces(run):
     p = {**default_params(job(run)['notebook']), **job(run)['params']}
     return p['faces'], p['n_faces'], p['size']
 
-def done(names): return [f'data/runs/{n}/done' for n in names]
+def done(names): return [f for n in names for f in (f'data/results/{n}.json', f'data/runs/{n}/done')]
 
 def needs(w): return [PACKED[faces(w.run)], *done(job(w.run)['needs'])]
 
