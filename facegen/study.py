@@ -77,7 +77,7 @@ def execute(
     try:
         with shown(out.with_suffix('.progress'), label):
             papermill.execute_notebook(str(notebook_path(notebook)), str(out), params, kernel_name='python3', progress_bar=False,
-                                       cwd=str(root()), extra_arguments=['--IPKernelApp.log_level=40'])
+                                       cwd=str(root()), extra_arguments=['--IPKernelApp.log_level=50'])
     except papermill.PapermillExecutionError as e:
         raise RuntimeError(f'{label} failed with {e.ename}: {e.evalue}. The executed notebook with its traceback is {out}') from None
     return out
