@@ -6,7 +6,9 @@
 __all__ = ['resize', 'half_shrunk', 'Block', 'Classifier', 'attribute_loss', 'fit_classifier', 'Parser', 'mask_loss',
            'class_weights', 'fit_parser', 'load_classifier']
 
-# %% ../nbs/20_judges.ipynb #4694af0a
+# %% ../nbs/20_judges.ipynb #46d92857
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
@@ -15,6 +17,7 @@ from torch import nn
 
 from .core import progress, seed_all
 from .faces import ATTRIBUTES, PARTS, Face
+from .training import train
 
 # %% ../nbs/20_judges.ipynb #7cdbd4f4
 def resize(
@@ -79,7 +82,6 @@ def fit_classifier(
     **config,    # Passed to `Classifier`
 )->Classifier:   # In evaluation mode
     "Train an attribute classifier; raises ValueError if no attribute is known"
-    from facegen.training import train
     if faces.attrs.isnan().all(): raise ValueError('these faces have no attributes: a classifier needs an attribute file (see `prepare`)')
     seed_all(cfg.seed); model = Classifier(**config)
     model.prevalence.copy_(faces.attrs.nanmean(0).nan_to_num(.5))
@@ -132,7 +134,6 @@ def fit_parser(
     **config,    # Passed to `Parser`
 )->Parser:       # In evaluation mode
     "Train a face parser; raises ValueError if there are no masks"
-    from facegen.training import train
     seed_all(cfg.seed); model = Parser(**config)
     model.weight.copy_(class_weights(faces))
     for _ in progress(train(model, faces, mask_loss, cfg, folder), 'training the parser', cfg.steps): pass
@@ -143,7 +144,6 @@ def load_classifier(
     folder:str='', # Where `save_pretrained` put it; '' gives fixed random weights
 )->tuple:          # (Classifier in evaluation mode, the name its distances carry)
     "Load the classifier that the distances look through; raises ValueError if the folder holds none"
-    from pathlib import Path
     if not folder: seed_all(0); return Classifier().eval(), 'untrained classifier'
     if not (Path(folder)/'config.json').is_file():
         raise ValueError(f'no classifier in {folder} (no config.json): run `30_run_judges` first, or pass an empty string for random weights')
