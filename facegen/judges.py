@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resize', 'half_shrunk', 'Block', 'Classifier', 'attribute_loss', 'fit_classifier', 'Parser', 'mask_loss',
-           'class_weights', 'fit_parser', 'load_classifier']
+           'class_weights', 'fit_parser', 'load_judge', 'load_classifier', 'load_parser']
 
 # %% ../nbs/20_judges.ipynb #46d92857
 from pathlib import Path
@@ -139,12 +139,23 @@ def fit_parser(
     for _ in progress(train(model, faces, mask_loss, cfg, folder), 'training the parser', cfg.steps): pass
     return model.eval()
 
-# %% ../nbs/20_judges.ipynb #5c83480d
+# %% ../nbs/20_judges.ipynb #cdd609a2
+def load_judge(kind, folder):
+    "Load a Classifier or a Parser, and its name; raises ValueError if the folder holds none"
+    word = kind.__name__.lower()
+    if not folder: seed_all(0); return kind().eval(), f'untrained {word}'
+    if not (Path(folder)/'config.json').is_file():
+        raise ValueError(f'no {word} in {folder} (no config.json): run `30_run_judges` first, or pass an empty string for random weights')
+    return kind.from_pretrained(folder).eval(), Path(folder).resolve().parent.name
+
 def load_classifier(
     folder:str='', # Where `save_pretrained` put it; '' gives fixed random weights
 )->tuple:          # (Classifier in evaluation mode, the name its distances carry)
     "Load the classifier that the distances look through; raises ValueError if the folder holds none"
-    if not folder: seed_all(0); return Classifier().eval(), 'untrained classifier'
-    if not (Path(folder)/'config.json').is_file():
-        raise ValueError(f'no classifier in {folder} (no config.json): run `30_run_judges` first, or pass an empty string for random weights')
-    return Classifier.from_pretrained(folder).eval(), Path(folder).resolve().parent.name
+    return load_judge(Classifier, folder)
+
+def load_parser(
+    folder:str='', # Where `save_pretrained` put it; '' gives fixed random weights
+)->tuple:          # (Parser in evaluation mode, its name)
+    "Load the parser that masks are compared through; raises ValueError if the folder holds none"
+    return load_judge(Parser, folder)
