@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MPLBACKEND ?= agg
 TORCH  := $(shell sed -n 's/^requirements *=.*\(torch==[^ ]*\).*/\1/p' settings.ini | head -n 1)
-SNAKE  := snakemake --cores $(JOBS) --keep-going --rerun-incomplete --quiet rules host
+SNAKE  := snakemake --keep-going --rerun-incomplete --quiet rules host
 
 .PHONY: help setup demo study figures notebooks lab test export table clean
 
@@ -24,14 +24,14 @@ setup: .venv/ready  ## make the virtual environment (about 2 GB)
 	$(BIN)/pip install --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-demo: setup  ## draw faces, train, measure, draw the figures, print the table
-	@$(BIN)/facegen plan $(SCALE) 1 classifier parser unet
-	@$(SNAKE) --config scale=$(SCALE) seeds=1 -- demo
+demo: setup  ## three ways of telling a denoiser what to draw: draw faces, train, measure, draw the figures, print the table
+	@$(BIN)/facegen plan $(SCALE) 1 attrs published spatial+guided
+	@$(SNAKE) --cores 3 --config scale=$(SCALE) seeds=1 demo=1 -- demo
 	@$(BIN)/facegen table $(SCALE)
 
 study: setup  ## run every row of the study at SCALE with SEEDS seeds, then the figures
 	@$(BIN)/facegen plan $(SCALE) $(SEEDS)
-	@$(SNAKE) --config scale=$(SCALE) seeds=$(SEEDS) -- study
+	@$(SNAKE) --cores $(JOBS) --config scale=$(SCALE) seeds=$(SEEDS) -- study
 	@$(BIN)/facegen table $(SCALE)
 
 figures: setup  ## draw every figure again from data/results

@@ -1,12 +1,14 @@
 # The study as a graph: faces -> judges -> generators -> figures. Rows, scales and names live in `facegen.rows`.
 #   snakemake -c2 -k --config scale=laptop seeds=3 -- study
+#   snakemake -c3 -k --config scale=laptop demo=1 -- demo     (judges from data/weights)
 #   snakemake --profile profiles/slurm --config scale=gpu seeds=3 -- study
+import os
 from facegen.rows import DEMO, FIGURES, default_params, fingerprint, job, names
-from facegen.study import figure_name, pack_path
+from facegen.study import drawable, figure_name, pack_path
 
-SCALE, SEEDS = config.get('scale', 'laptop'), int(config.get('seeds', 1))
+SCALE, SEEDS, SHORT = config.get('scale', 'laptop'), int(config.get('seeds', 1)), bool(int(config.get('demo', 0)))
 STUDY, SHOWN = names(SCALE, SEEDS), names(SCALE, SEEDS, DEMO)
-PICTURES = [f'figures/{figure_name(f, SCALE)}.png' for f in FIGURES.values()]
+PICTURES = [f'figures/{figure_name(FIGURES[f], SCALE)}.png' for f in (drawable(SCALE, DEMO) if SHORT else FIGURES)]
 
 def faces(run):
     "The packed faces that a run starts from"
@@ -15,7 +17,9 @@ def faces(run):
 
 def done(names): return [f for n in names for f in (f'data/results/{n}.json', f'data/runs/{n}/done')]
 
-def needs(w): return [PACKED[faces(w.run)], *done(job(w.run)['needs'])]
+def kept(name): return SHORT and os.path.isdir(f'data/weights/{name}')
+
+def needs(w): return [PACKED[faces(w.run)], *done(n for n in job(w.run)['needs'] if not kept(n))]
 
 PACKED = {f: str(pack_path(*f).relative_to(pack_path(*f).parents[2])/'faces.json') for f in {faces(n) for n in STUDY + SHOWN}}
 BY_PATH = {v: k for k, v in PACKED.items()}
@@ -43,7 +47,7 @@ rule row:
     shell: 'facegen launch {wildcards.run}'
 
 rule figure:
-    input: done(SHOWN)
+    input: done(SHOWN if SHORT else STUDY)
     output: 'figures/{name}.png'
     params: notebook=lambda w: next(k for k, v in FIGURES.items() if figure_name(v, SCALE) == w.name)
     shell: 'facegen draw {params.notebook} {SCALE}'

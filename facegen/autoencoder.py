@@ -6,7 +6,8 @@
 __all__ = ['make_autoencoder', 'fold_of', 'shrink', 'encode', 'decode', 'choose', 'lookup', 'revive', 'vq_loss',
            'fit_autoencoder']
 
-# %% ../nbs/10_autoencoder.ipynb #9f6ee76f
+# %% ../nbs/10_autoencoder.ipynb #3cab77c6
+from collections.abc import Callable
 from math import isqrt
 
 import torch
@@ -100,12 +101,13 @@ def vq_loss(
     revivals:tuple=(),  # Steps at which dead codes are moved
     commit:float=.25,   # How strongly encodings are drawn to their codes
     seed:int=0,         # Names the revivals
-)->'Callable':          # loss(model, face, draw) -> (B,)
+)->Callable:           # loss(model, face, draw) -> (B,)
     "Make the loss of a VQ autoencoder"
-    done = set()
+    last = [None]
     def loss(model, face, draw):
-        if draw.step in revivals and draw.step not in done:
-            done.add(draw.step); revive(model, encode(model, probe), generator('revive', seed, draw.step))
+        if draw.step in revivals and draw.step != last[0]: # once a step, however many slices it has
+            revive(model, encode(model, probe), generator('revive', seed, draw.step))
+        last[0] = draw.step
         x = F.pixel_unshuffle(face.image, fold_of(model))
         z = model.encode(x).latents.float()                      # (B, c, h, w)
         code = lookup(model, choose(model, z))

@@ -118,6 +118,16 @@ def test_codes_that_are_looked_after_live(crowd):
     assert not any(p.requires_grad for p in kept.parameters()) and not kept.training
 
 
+def test_dead_codes_are_moved_once_a_step_however_it_is_sliced(monkeypatch):
+    x, seen = draw_faces(n=4, size=32).image, []
+    monkeypatch.setattr(autoencoder, 'revive', lambda model, z, g: seen.append(len(z)))
+    loss, model = autoencoder.vq_loss(x, 0, (1, 3)), small()
+    for _ in range(2):  # a loss may serve two trainings
+        for step in range(4):
+            for a in (0, 2): loss(model, Face(x[a:a+2], x[a:a+2], x[a:a+2]), Draw(0, step, 4, a, a+2))
+    assert len(seen) == 4
+
+
 def test_a_stopped_training_goes_on_to_the_same_bits_across_a_revival(crowd, tmp_path):
     class Stop(Exception): pass
     def stop_at(n):
