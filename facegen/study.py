@@ -131,10 +131,12 @@ def results(
     return pd.DataFrame(lines)
 
 def table(
-    scale:str, # A key of SCALES
-)->pd.DataFrame: # The headline records, ready to print
+    scale:str,       # A key of SCALES
+    rows=(),         # Keys of RUNS, to be compared metric by metric; empty takes all, run by run
+)->pd.DataFrame:     # The headline records, ready to print
     "The results that answer each row's main question"
     r = results(scale)
+    if len(r) and rows: r = r[r.row.isin(rows)].assign(order=lambda x: x.metric.map({m: i for i, m in enumerate(x.metric.unique())})).sort_values(['order', 'run'], kind='stable')
     if not len(r): raise ValueError(f'there are no results at scale {scale}: run `make study SCALE={scale}` first')
     r = r[r.get('headline', False) == True].copy()  # noqa: E712 - the column holds NaN as well
     r['95 %'] = [f'[{a:.3f}, {b:.3f}]' for a, b in zip(r.low, r.high)]
@@ -174,9 +176,9 @@ def say_plan(scale, seeds, rows):
     print(f'{len(todo)} runs at scale {scale}' + (f'; when last measured they took {sum(known)/60:.0f} minutes of one core each together' if known else ''))
     if left_out: print(f"left out, since their faces were not found: {', '.join(left_out)} (set FACEGEN_FACES)")
 
-def print_table(scale):
+def print_table(scale, rows=()):
     "Print the headline results and where the figures are"
-    with pd.option_context('display.width', 200, 'display.max_columns', None, 'display.max_rows', None): print(table(scale).to_string(index=False))
+    with pd.option_context('display.width', 200, 'display.max_columns', None, 'display.max_rows', None): print(table(scale, rows).to_string(index=False))
     for f in drawable(scale): print(f"figure: {(root()/'figures'/figure_name(FIGURES[f], scale)).relative_to(root())}.png")
 
 # %% ../nbs/23_study.ipynb #973900c0
@@ -194,7 +196,7 @@ def main(
     add('keep', 'copy the network of a run to data/weights', name={})
     add('draw', 'draw one figure', notebook=dict(choices=list(FIGURES)), scale={})
     add('figures', 'draw all figures', scale={})
-    add('table', 'print the results', scale={})
+    add('table', 'print the results', scale={}, rows=dict(nargs='*'))
     a = p.parse_args(args)
     try:
         match a.do:
@@ -204,5 +206,5 @@ def main(
             case 'keep': print(keep(a.name).relative_to(root()))
             case 'draw': draw(a.notebook, a.scale)
             case 'figures': print('\n'.join(str(draw(f, a.scale).relative_to(root())) for f in drawable(a.scale)))
-            case 'table': print_table(a.scale)
+            case 'table': print_table(a.scale, a.rows)
     except (ValueError, RuntimeError, FileNotFoundError) as e: sys.exit(f'facegen: {e}')
