@@ -82,7 +82,8 @@ def measured(
     "Write down what rows have in common: data, training, sampling, judges"
     p = r.iloc[0].params; first = r[r.metric == 'balanced_accuracy'].iloc[0]; seeds = sorted(r.seed.unique())
     size = r.drop_duplicates('row').params.map(lambda q: q['parameters']/1e6)
-    return (f"Drawn faces, {p['size']} px, {p['trained_on']} to train on; {size.min():.1f} to {size.max():.1f} M parameters, {p['steps']} steps of {p['batch']} faces; "
+    million = f'{size.min():.1f}' + (f' to {size.max():.1f}' if f'{size.min():.1f}' != f'{size.max():.1f}' else '')
+    return (f"Drawn faces, {p['size']} px, {p['trained_on']} to train on; {million} M parameters, {p['steps']} steps of {p['batch']} faces; "
             f"{p['sampler']}, {p['sampling_steps']} steps; seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))} (one dot each).\n"
             f"n = {first.n} test faces asked for, the same noise in every row; lines are 95 % intervals over images. "
             f"Judges, trained on faces apart: {first.classifier}, {first.parser} ({p['size']} px).")
@@ -113,7 +114,7 @@ def lay(
     images,       # (n,3,H,W) in [-1,1]
 ):                # The axes
     "Lay faces side by side into a figure"
-    px = tile(images, len(images)); w, h = fig.get_size_inches()
+    px = (tile(images, len(images))/15).round()*15/255; w, h = fig.get_size_inches()  # 18 steps a colour make a file half as large
     ax = fig.add_axes([left/w, bottom/h, height*px.shape[1]/px.shape[0]/w, height/h]); ax.set_axis_off()
     ax.imshow(px, interpolation='nearest', aspect='auto')
     return ax

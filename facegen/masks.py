@@ -58,13 +58,14 @@ def make_segformer(
     channels:int,        # Channels of the input: 3 for grey pictures, 19 for one-hot masks
     size:int,            # Side of the input, px
     grid:int,            # Side of the first stage's grid; each further stage halves it
-    weights:str='',      # Folder or hub name of a pretrained SegFormer; '' makes a fresh one of `widths`
+    weights='',          # Folder or hub name of a pretrained SegFormer, or a configuration (dict); '' makes a fresh one of `widths`
     widths=(24, 32, 48), # Channels of each stage of a fresh one
 )->SegformerModel:       # Raises ValueError for a size that does not fit or weights that are not there
     "Make a SegFormer encoder"
     n, sides = len(widths), [grid//2**i for i in range(len(widths))]
     if size % grid or grid % 2**(n - 1):
         raise ValueError(f'a mask of {size} px cannot land on a grid of {grid}: {grid} must divide {size} and be divisible by {2**(n - 1)}')
+    if isinstance(weights, dict): return SegformerModel(SegformerConfig.from_dict(dict(weights)))
     if weights: return load_segformer(weights, channels, size)
     return SegformerModel(SegformerConfig(
         num_channels=channels, num_encoder_blocks=n, depths=[1]*n, hidden_sizes=list(widths), mlp_ratios=[2]*n,

@@ -23,7 +23,7 @@ SCALES = {
     'laptop': {  # two CPU cores, minutes a row: drawn faces, 32 px folded to a 16x16 grid
         '30_run_judges': dict(n_faces=20000, size=64, steps=1500, batch=40, lr=2e-3), 'parser': PARSER, 'parser-pairs128': PARSER,
         'classifier32': JUDGE32, 'parser32': PARSER32,
-        '31_run_autoencoder': dict(n_faces=20000, size=64),
+        '31_run_autoencoder': dict(n_faces=20000, size=64, widths='32 64', codes=1024, steps=7000, batch=8, lr=2e-3, warmup=50, precision='bf16', free=.1, rounds=8),
         '33_run_conditional': dict(n_faces=20000, size=32, network='laptop', steps=1400, batch=32, lr=2e-3, warmup=50, ema=.995,
                                    prediction='sample', samples=256, sampling_steps=10),
         'latent': dict(size=64, network='laptop_latent'), 'latent-0.18215': dict(size=64, network='laptop_latent'),
@@ -66,7 +66,7 @@ class Run:
 def judged_by(row, parser=''): return {'classifier': (row, 'judge')} | ({'parser': (parser, 'judge')} if parser else {})
 def ladder(name, told, seen=judged_by('classifier32', 'parser32'), **params): return Run(name, '33_run_conditional', dict(told=told, **params), seen)
 
-GUIDED = dict(drop=.15, attrs_scale=3., mask_scale=2.)      # what `spatial+guided` adds, in training and in sampling
+GUIDED = dict(drop=.1, attrs_scale=3., mask_scale=2.)      # what `spatial+guided` adds, in training and in sampling
 LATENT = judged_by('classifier', 'parser') | {'autoencoder': ('autoencoder', 'autoencoder')}
 CELEBA = judged_by('classifier-celeba64', 'parser-pairs128') | {'parsed_by': ('parser-pairs128', 'judge')}
 

@@ -26,11 +26,13 @@ class Cond:
     def to(self, device): return Cond(self.attrs.to(device), self.mask.to(device))
 
     def drop(self,
-        attrs=True,  # Whose attributes are not told: all, or those where (B,) bool is true
-        mask=True,   # The same for masks
+        attrs=True,  # What is not told: all, the faces where (B,) bool is true, or single attributes (B,40)
+        mask=True,   # The same for masks: all, (B,), or single pixels (B,H,W)
     ):               # A `Cond` that says less
         "Leave parts of the condition out"
-        which = lambda w, x: torch.as_tensor(w, device=x.device).expand(len(x)).view(-1, *[1]*(x.dim() - 1))
+        def which(w, x):
+            w = torch.as_tensor(w, device=x.device)
+            return w if w.shape == x.shape else w.expand(len(x)).view(-1, *[1]*(x.dim() - 1))
         return Cond(self.attrs.masked_fill(which(attrs, self.attrs), float('nan')), self.mask.masked_fill(which(mask, self.mask), -1))
 
     @classmethod
@@ -46,6 +48,10 @@ class Teller(nn.Module):
     "Turn a condition into tokens for cross-attention and a grid for the input"
     def __init__(self, attrs:str, mask:str, dim:int, copies:int, projected:bool, size:int, grid:int, width:int, segformer:str):
         super().__init__()
+        if attrs not in ('', 'mlp', 'tokens') or mask not in ('', 'pooled', 'tokens', 'grid'):
+            raise ValueError(f"attributes are told as '', mlp or tokens and masks as '', pooled, tokens or grid, not as {attrs!r} and {mask!r}")
+        if not projected and (attrs, mask) != ('mlp', 'pooled'):
+            raise ValueError(f'projected=False leaves the projections of mlp and pooled untrained, and {attrs!r} and {mask!r} have none: leave it out')
         self.copies, self.null = copies, None
         self.attrs = {'': lambda: None, 'mlp': lambda: AttributeMLP(dim), 'tokens': lambda: AttributeTokens(dim)}[attrs]()
         self.mask = {'': lambda: None, 'pooled': lambda: PooledMask(2*size, dim//2, segformer), 'tokens': lambda: MaskTokens(size, dim),

@@ -101,3 +101,11 @@ def test_bootstrap_of_a_mean_is_about_the_textbook_interval():
     x = torch.randn(400, generator=torch.Generator().manual_seed(0)).double()
     low, high = scores.bootstrap(lambda rows: x[rows].mean(), 400, boots=500)
     assert abs((high - low)/(2*1.96*x.std()/20) - 1) < .15 and low < x.mean() < high
+
+
+def test_a_parser_is_loaded_like_a_classifier(parser, tmp_path, crowd):
+    parser.save_pretrained(tmp_path/'mine'/'judge'); again, name = judges.load_parser(str(tmp_path/'mine'/'judge'))
+    assert name == 'mine' and not again.training and torch.equal(again.answers(crowd[:2].image), parser.answers(crowd[:2].image))
+    (a, name), (b, _) = judges.load_parser(), judges.load_parser()
+    assert name == 'untrained parser' and torch.equal(a.head[0].weight, b.head[0].weight)
+    with pytest.raises(ValueError, match='no parser in nowhere .*30_run_judges'): judges.load_parser('nowhere')

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from facegen.faces import Face
-from facegen.noise import PREDICTIONS, make_scheduler
-from facegen.loss import Draw, diffusion_loss
+from facegen.noise import PREDICTIONS, make_scheduler, target
+from facegen.loss import Draw, diffusion_loss, weighting
 from facegen.plan import Batches, TrainConfig, lr_at
 from facegen.saving import load_weights
 from facegen.training import averaged, train
@@ -184,6 +184,40 @@ def test_loss_asks_for_what_the_scheduler_predicts(prediction):
     assert each.shape == (n,) and each.max() < 1e-10
     zero = diffusion_loss(scheduler, weight=lambda t: t.float())(lambda x, t: 0*x, face, Draw(0, 0, n))
     assert torch.allclose(zero, t*want.square().flatten(1).mean(1), rtol=1e-4)
+
+
+@pytest.mark.parametrize('prediction,zero', [*((p, False) for p in PREDICTIONS), ('sample', True), ('v_prediction', True)])
+def test_weightings_are_their_published_formulas(prediction, zero):
+    "Factors of the error in what the network predicts, written with the signal-to-noise ratio r (Choi et al. 2022; Hang et al. 2023)"
+    scheduler, t = make_scheduler(prediction=prediction, zero_snr=zero), torch.arange(1000)
+    a = scheduler.alphas_cumprod.double(); r = a/(1 - a)
+    least = r.clamp(max=5)
+    want = dict(epsilon=dict(p2=1/(1 + r), **{'min-snr': least/r}), sample=dict(p2=r/(1 + r), **{'min-snr': least}),
+                v_prediction=dict(p2=r/(1 + r)**2, **{'min-snr': least/(r + 1)}))[prediction]
+    for name, w in want.items():
+        got, ok = weighting(name, scheduler)(t), w.isfinite()
+        assert got.shape == t.shape and got.isfinite().all() and (got >= 0).all() and torch.allclose(got.double()[ok], w[ok], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['p2', 'min-snr'])
+def test_one_weighting_says_the_same_for_every_prediction(name):
+    "The same mistake about the face, told as noise, face or velocity, costs the same"
+    x0, eps, t = Faces()[torch.arange(8)].image, torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.linspace(5, 990, 8).long()
+    cost = []
+    for prediction in PREDICTIONS:
+        s = make_scheduler(prediction=prediction); a = s.alphas_cumprod[t].view(-1, 1, 1, 1)
+        wrong = eps - .1*(a/(1 - a)).sqrt() # goes with x0 + .1 at the same noisy face
+        cost.append(weighting(name, s)(t)*(target(x0 + .1, wrong, t, s) - target(x0, eps, t, s)).square().mean((1, 2, 3)))
+    for c in cost[1:]: assert torch.allclose(c, cost[0], rtol=1e-3)
+
+
+def test_weighting_words():
+    scheduler = make_scheduler()
+    assert weighting('', scheduler) is None
+    with pytest.raises(ValueError, match="unknown weighting 'snr': it must be empty or one of p2, min-snr"): weighting('snr', scheduler)
+    t = torch.tensor([3, 3, 700]); assert weighting('p2', scheduler)(t)[0] == weighting('p2', scheduler)(t)[1]
+    face = Faces()[torch.arange(8)]; loss = lambda **k: diffusion_loss(scheduler, **k)(lambda x, t, *told: 0*x, face, Draw(0, 0, 8))
+    assert torch.allclose(loss(weight=weighting('min-snr', scheduler)), loss()*weighting('min-snr', scheduler)(Draw(0, 0, 8).randint(0, 1000, 8)))
 
 
 # What is trained
