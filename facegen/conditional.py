@@ -23,7 +23,7 @@ class Denoiser(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self,
         size:int=32,                # Side of the faces and their masks, px
-        channels:int=3,             # 3 for pixels, more for latents
+        channels:int=3,             # Of a picture or a latent
         shrink:int=1,               # How much smaller the latents are than the faces; 1 for pixels
         fold:int=2,                 # Lay fold x fold pixels into channels
         widths:tuple=(32, 64, 96),  # Channels at each size, large to small
@@ -71,10 +71,12 @@ def fit(cond, x, config):
     "Raise ValueError if condition, picture and network do not belong together"
     n, side = len(x), config.size//config.shrink
     if tuple(x.shape[1:]) != (config.channels, side, side):
-        raise ValueError(f'this denoiser works on (B,{config.channels},{side},{side}), got {tuple(x.shape)}: sample with channels={config.channels} and size={side}')
+        raise ValueError(f'this denoiser works on (B,{config.channels},{side},{side}), got {tuple(x.shape)}: '
+                         f'sample with channels={config.channels} and size={side}')
     if tuple(cond.attrs.shape) != (n, 40): raise ValueError(f'attributes must be ({n},40), one row a face, got {tuple(cond.attrs.shape)}')
     if tuple(cond.mask.shape) != (n, config.size, config.size):
-        raise ValueError(f'masks must be ({n},{config.size},{config.size}), the size of the faces, got {tuple(cond.mask.shape)}: resize them with nearest neighbour')
+        raise ValueError(f'masks must be ({n},{config.size},{config.size}), the size of the faces, got {tuple(cond.mask.shape)}: '
+                         'resize them with nearest neighbour')
 
 # %% ../nbs/14_conditional.ipynb #1c437eb3
 DENOISERS = dict(
@@ -142,7 +144,8 @@ def whole(draw, why):
     "Raise ValueError if `draw` belongs to a slice of a batch"
     n = draw.last - draw.first
     if n < draw.batch:
-        raise ValueError(f'{why!r} compares or mixes the faces of a batch, and this is a slice of {n} of {draw.batch}: train with micro=0, in one process')
+        raise ValueError(f'{why!r} compares or mixes the faces of a batch, and this is a slice of {n} of {draw.batch}: '
+                         'train with micro=0, in one process')
 
 def contrast(model, nce, cond, image):
     "The contrastive term of each face of a whole batch, (B,)"

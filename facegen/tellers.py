@@ -46,12 +46,23 @@ class Cond:
 # %% ../nbs/13_tellers.ipynb #e62af822
 class Teller(nn.Module):
     "Turn a condition into tokens for cross-attention and a grid for the input"
-    def __init__(self, attrs:str, mask:str, dim:int, copies:int, projected:bool, size:int, grid:int, width:int, segformer:str):
+    def __init__(self,
+        attrs:str,      # How attributes are told: '', mlp or tokens
+        mask:str,       # How masks are told: '', pooled, tokens or grid
+        dim:int,        # Length of a token
+        copies:int,     # How often a single token is repeated
+        projected:bool, # False leaves the two projections of mlp + pooled untrained
+        size:int,       # Side of the masks, px; pooled sees them as grey pictures of twice that side
+        grid:int,       # Side of the denoiser's grid
+        width:int,      # Channels of the mask grid
+        segformer:str,  # Folder or hub name of a pretrained SegFormer, or its configuration; '' starts fresh
+    ):
         super().__init__()
         if attrs not in ('', 'mlp', 'tokens') or mask not in ('', 'pooled', 'tokens', 'grid'):
             raise ValueError(f"attributes are told as '', mlp or tokens and masks as '', pooled, tokens or grid, not as {attrs!r} and {mask!r}")
         if not projected and (attrs, mask) != ('mlp', 'pooled'):
-            raise ValueError(f'projected=False leaves the projections of mlp and pooled untrained, and {attrs!r} and {mask!r} have none: leave it out')
+            raise ValueError('projected=False leaves the projections of mlp and pooled untrained, '
+                             f'and {attrs!r} and {mask!r} have none: leave it out')
         self.copies, self.null = copies, None
         self.attrs = {'': lambda: None, 'mlp': lambda: AttributeMLP(dim), 'tokens': lambda: AttributeTokens(dim)}[attrs]()
         self.mask = {'': lambda: None, 'pooled': lambda: PooledMask(2*size, dim//2, segformer), 'tokens': lambda: MaskTokens(size, dim),
@@ -61,7 +72,9 @@ class Teller(nn.Module):
         if not attrs and mask in ('', 'grid'): self.null = nn.Parameter(torch.zeros(1, 1, dim))
         if not projected: self.join.requires_grad_(False), self.mask.proj.requires_grad_(False)
 
-    def forward(self, cond):
+    def forward(self,
+        cond:Cond, # B rows
+    )->tuple:      # Tokens (B,N,dim) and a grid (B,width,grid,grid), None where the mask is not told as one
         said = [cond.attrs] if self.attrs else []
         tokens = [self.attrs(a) for a in said]                                       # (B, 1 or 40, dim)
         told = self.mask(cond.mask) if self.mask else None

@@ -81,6 +81,7 @@ def made_up_guidance(scale=SCALE):
         metrics += [said('balanced_accuracy', .84 - .26*2.7**-(a*on + .1) - .01*m, **tags), said('miou', .78 - .4*2.7**-(m*on + .1) - .012*a, floor=.2, ceiling=.8, **tags),
                     said('spread', .9 - .06*a - .05*m, floor=0., ceiling=1., n=64, **tags), distance(14 + (a - 2)**2 + (m - 1.5)**2, **tags)]
         show.save_gallery(draw_faces(n=8, size=32).image, f'{name}-{a:g}-{m:g}')
+    faces = draw_faces(n=8, size=32); show.save_gallery(torch.cat([faces.image, show.mask_rgb(faces.mask)]), f'{name}-asked')
     save_result(name, params, metrics)
 
 
@@ -98,7 +99,7 @@ def test_infonce_says_what_moves_and_what_does_not(home):
     with pytest.raises(ValueError, match="no results of row 'attrs'"): drawn('41_fig_infonce', home)
     for s in (0, 1): made_up('attrs', s); made_up('attrs+nce', s, rank=.8)
     a, text = drawn('41_fig_infonce', home)
-    assert '1 of 2 measures move (rank agreement: more); there it ranks likeness better than before' in text and '2 trainings each' in text
+    assert '1 of 2 measures move (rank agreement: more); with the loss, likeness is ranked better than before' in text and '2 trainings each' in text
     assert 'none of the 6 measures moves by more than n = 256 can show' in text and drawn('41_fig_infonce', home)[0] == a and len(a) > 20_000
     for s in (0, 1): made_up('attrs+nce', s, rank=.5, frechet=40.)  # worse is said as gladly
     assert 'none of the 2' in (text := drawn('41_fig_infonce', home)[1]) and '1 of 6 measures move (Frechet distance: more)' in text
