@@ -27,6 +27,7 @@ SCALES = {
         '33_run_conditional': dict(n_faces=20000, size=32, network='laptop', steps=1400, batch=32, lr=2e-3, warmup=50, ema=.995,
                                    prediction='sample', samples=256, sampling_steps=10),
         'latent': dict(size=64, network='laptop_latent'), 'latent-0.18215': dict(size=64, network='laptop_latent'),
+        **{f'{row}-celeba64': dict(steps=800) for row in ('attrs', 'published', 'spatial+guided')},  # a short look at real faces
         '33_run_guidance': dict(n_faces=20000, size=32, samples=256, sampling_steps=10),
         '32_run_unconditional': dict(n_faces=20000, size=32, row='laptop', steps=1600, batch=32, lr=1e-3, warmup=50, ema=.995,
                                      prediction='sample', evals=4, samples=400, sampling_steps=20)},
@@ -131,7 +132,7 @@ def job(
     needs = {k: (run_name(row, scale, 0), file) for k, (row, file) in run.needs.items()}
     params = {**SCALES[scale].get(run.notebook, {}), **SCALES[scale].get(run.name, {}), **run.params, 'seed': seed, 'run': name,
               **{k: f'data/runs/{n}/{file}' for k, (n, file) in needs.items()}}
-    return dict(notebook=run.notebook, params=params, needs=[n for n, _ in needs.values()])
+    return dict(notebook=run.notebook, params=params, needs=list(dict.fromkeys(n for n, _ in needs.values())))
 
 # %% ../nbs/23_rows.ipynb #fcce20a1
 def notebook_path(
