@@ -20,8 +20,8 @@ from .study import results
 class Difference(NamedTuple):
     "How much more the second row has than the first"
     value:float # Mean over seeds
-    low:float   # 95 % interval, cautious
-    high:float
+    low:float   # Lower end of its 95 % interval, cautious
+    high:float  # Upper end
     each:tuple  # One difference a seed
     n:int       # Faces behind each
 
@@ -34,7 +34,8 @@ def difference(
     a, b = (x[x.metric == metric].set_index('seed').sort_index() for x in (a, b))
     both = a.index.intersection(b.index)
     if not len(both) or a.index.has_duplicates or b.index.has_duplicates:
-        raise ValueError(f'{metric!r} cannot be paired: give two tables with one record a seed and a seed in common, got seeds {list(a.index)} and {list(b.index)}')
+        raise ValueError(f'{metric!r} cannot be paired: give two tables with one record a seed and a seed in common, '
+                         f'got seeds {list(a.index)} and {list(b.index)}')
     a, b = a.loc[both], b.loc[both]; each = b.value - a.value
     below, above = np.hypot(b.value - b.low, a.high - a.value), np.hypot(b.high - b.value, a.value - a.low)
     mean = lambda x: float(np.mean(x))
@@ -72,7 +73,8 @@ def chosen(
     r = results(scale); have = set(r.row) if len(r) else set()
     for one in need:
         any_of = one if isinstance(one, tuple) else (one,)
-        if not have & set(any_of): raise ValueError(f"no results of row {' or '.join(map(repr, any_of))} at scale {scale!r}: run `make study SCALE={scale}` first")
+        if not have & set(any_of):
+            raise ValueError(f"no results of row {' or '.join(map(repr, any_of))} at scale {scale!r}: run `make study SCALE={scale}` first")
     return r[r.row.isin(rows)]
 
 # %% ../nbs/24_compare.ipynb #a12ca234
@@ -93,7 +95,7 @@ def mark(
     ax,               # Where
     y:float,          # At which height
     seeds:pd.DataFrame, # Records of one row and metric, one a seed
-    colour:str,       # Of the row
+    colour:str,       # Colour of the row
     gap:float=.22,    # Between seeds
     tall:float=.34,   # Half the height of floor and ceiling
 ):

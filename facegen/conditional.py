@@ -23,7 +23,7 @@ class Denoiser(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self,
         size:int=32,                # Side of the faces and their masks, px
-        channels:int=3,             # Of a picture or a latent
+        channels:int=3,             # Channels of a picture (3) or of a latent
         shrink:int=1,               # How much smaller the latents are than the faces; 1 for pixels
         fold:int=2,                 # Lay fold x fold pixels into channels
         widths:tuple=(32, 64, 96),  # Channels at each size, large to small

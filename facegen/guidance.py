@@ -42,9 +42,9 @@ class Guided(nn.Module):
         return away.drop(False, True), away, cond
 
     def forward(self, x, t, cond=None):                                  # x (B,C,h,w), t (B,), the same for all in sampling
-        on = self.low <= float(t.flatten()[0]) <= self.high
-        asked = [(s, c) for s, c in zip(shares(*self.scales) if on else (0, 0, 1), self.branches(cond) if cond is not None else ()) if s]
         if cond is None: return self.model(x, t)
+        on = self.low <= float(t.flatten()[0]) <= self.high
+        asked = [(s, c) for s, c in zip(shares(*self.scales) if on else (0, 0, 1), self.branches(cond)) if s]
         k, conds = len(asked), [c for _, c in asked]
         together = Cond(torch.cat([c.attrs for c in conds]), torch.cat([c.mask for c in conds]))
         out = self.model(x.repeat(k, 1, 1, 1), t.repeat(k), together).chunk(k)  # k of (B,C,h,w)

@@ -81,7 +81,10 @@ def read_shard(file):
 
 class Latents(torch.utils.data.Dataset):
     "Encoded faces: item i is face i, item N+i its mirror image (train with flip=False); images are latents times `scale`"
-    def __init__(self, folder, scale=None):
+    def __init__(self,
+        folder,     # What `cache_latents` built
+        scale=None, # What latents are multiplied by; None = the 1/sigma that is kept there
+    ):
         self.folder, self.meta = Path(folder), json.loads((Path(folder)/'cache.json').read_text())
         shards = [read_shard(self.folder/f'{i:05}.safetensors') for i in range(self.meta['shards'])]
         self.latents, self.masks = ([x for k in (0, 1) for s in shards for x in s[name][k].numpy()] for name in ('latent', 'mask'))
@@ -119,6 +122,7 @@ def cache_latents(
         else: write_shard(file, encode_shard(faces, rows, autoencoder, batch, bar))
     bar.close()
     if not (where/'cache.json').exists():
-        facts = dict(name=name, size=size, shards=len(shards), scale=measure_scale(read_shard(where/'00000.safetensors')['latent']), ids=list(faces.ids))
+        measured = measure_scale(read_shard(where/'00000.safetensors')['latent'])
+        facts = dict(name=name, size=size, shards=len(shards), scale=measured, ids=list(faces.ids))
         write_atomic(where/'cache.json', json.dumps(facts).encode())
     return Latents(where, scale)

@@ -17,7 +17,12 @@ from .saving import checksum
 # %% ../nbs/20_masked.ipynb #f1a44668
 class Masked(Faces):
     "Packed faces whose masks were replaced"
-    def __init__(self, folder, rows=None, given=None, by=''):
+    def __init__(self,
+        folder,     # Packed faces
+        rows=None,  # Which of them; None = all
+        given=None, # Masks of all faces of the folder, (N,H,W) int8
+        by='',      # Who gave the masks; becomes part of the faces' key
+    ):
         super().__init__(folder, rows)
         self.masks, self.by, self.meta = given, by, self.meta | {'key': f"{self.meta['key']} {by}"}
     def __getstate__(self): return dict(folder=self.folder, rows=self.rows, given=self.masks, by=self.by)

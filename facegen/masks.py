@@ -134,7 +134,7 @@ class MaskTokens(nn.Module):
         self.proj = nn.Linear(self.encoder.config.hidden_sizes[-1] + len(PARTS), dim)
         self.register_buffer('where', get_2d_sincos_pos_embed(dim, self.side, output_type='pt').float(), persistent=False)
     def forward(self, mask):                                                # (B, size, size)
-        x = one_hot(mask, self.size)                                             # (B, 19, size, size)
+        x = one_hot(mask, self.size)                                        # (B, 19, size, size)
         h = self.encoder(x).last_hidden_state                               # (B, 48, side, side)
         h = torch.cat([h, F.adaptive_avg_pool2d(x, self.side)], 1)          # and the share of each class in the cell
         return self.proj(h.flatten(2).transpose(1, 2)) + self.where         # (B, tokens, dim)

@@ -49,8 +49,11 @@ def as_cond(
     if m.dim() not in (2, 3) or (m != m.long()).any():
         raise ValueError(f'a mask holds whole class numbers, (H,W) or (B,H,W): got {tuple(m.shape)} {m.dtype}')
     m = m.long()
-    if m.shape[-2:] != (size, size): raise ValueError(f'the mask has {tuple(m.shape[-2:])} px, the faces have {size}: resize it with nearest neighbour')
-    if m.min() < -1 or m.max() >= len(PARTS): raise ValueError(f'the mask holds class {int(m.max() if m.max() > 18 else m.min())}: classes are 0 to {len(PARTS) - 1}, and -1 for anything here')
+    if m.shape[-2:] != (size, size):
+        raise ValueError(f'the mask has {"x".join(map(str, m.shape[-2:]))} px, the faces have {size}: resize it with nearest neighbour')
+    if m.min() < -1 or m.max() >= len(PARTS):
+        raise ValueError(f'the mask holds class {int(m.max() if m.max() >= len(PARTS) else m.min())}: '
+                         f'classes are 0 to {len(PARTS) - 1}, and -1 for anything here')
     for x, name, dims in ((a, 'attributes', 1), (m, 'masks', 2)):
         if x.dim() > dims and len(x) not in (1, n): raise ValueError(f'{len(x)} {name} for {n} faces: give one for all, or one each')
     return Cond(a.expand(n, -1).clone(), m.expand(n, -1, -1).clone())

@@ -96,3 +96,4 @@ class Held:
     def __init__(self, face:Face, ids=None): self.face, self.ids = face, ids or [str(i) for i in range(len(face.image))]
     def __len__(self): return len(self.ids)
     def __getitem__(self, rows): return Face(*(x[rows] for x in self.face))
+    attrs = property(lambda self: self.face.attrs) # (N,40)

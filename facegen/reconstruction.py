@@ -65,7 +65,8 @@ def autoencoder_report(
     metrics = []
     for name, error in dict(psnr=psnr, l1=lambda a, b: (a - b).abs().flatten(1).mean(1)).items():
         ours, floor, best = error(seen[0], real), error(shrunk(real, f), real), error(seen[-1], real)
-        metrics.append(record(name, lambda r: ours[r].mean(), lambda r: floor[r].mean(), n, size=size) | dict(ceiling=float(best.mean()) if vq else None))
+        r = record(name, lambda rows: ours[rows].mean(), lambda rows: floor[rows].mean(), n, size=size)
+        metrics.append(r | dict(ceiling=float(best.mean()) if vq else None))
     return metrics + (code_records(model, faces) if vq else [])
 
 # %% ../nbs/21_reconstruction.ipynb #19854fdb

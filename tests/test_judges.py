@@ -11,17 +11,12 @@ from facegen.toyfaces import draw_faces
 from facegen.training import TrainConfig
 
 
-class Drawn(Held):
-    "A crowd in memory that knows its attributes, as `Faces` does"
-    attrs = property(lambda self: self.face.attrs)
+@pytest.fixture(scope='module')
+def crowd(): return Held(draw_faces(n=192, size=32, seed=0))
 
 
 @pytest.fixture(scope='module')
-def crowd(): return Drawn(draw_faces(n=192, size=32, seed=0))
-
-
-@pytest.fixture(scope='module')
-def other(): return Drawn(draw_faces(n=96, size=32, seed=1))
+def other(): return Held(draw_faces(n=96, size=32, seed=1))
 
 
 cfg = TrainConfig(steps=160, batch=24, lr=3e-3, warmup=5, ema=0.)
@@ -93,8 +88,8 @@ def test_unknown_attributes_and_pixels_do_not_pull():
 
 def test_faces_without_labels_get_a_sentence():
     f = draw_faces(n=4, size=32)
-    with pytest.raises(ValueError, match='no attributes'): judges.fit_classifier(Drawn(f._replace(attrs=torch.full_like(f.attrs, torch.nan))), cfg)
-    with pytest.raises(ValueError, match='no masks'): judges.fit_parser(Drawn(f._replace(mask=torch.full_like(f.mask, -1))), cfg)
+    with pytest.raises(ValueError, match='no attributes'): judges.fit_classifier(Held(f._replace(attrs=torch.full_like(f.attrs, torch.nan))), cfg)
+    with pytest.raises(ValueError, match='no masks'): judges.fit_parser(Held(f._replace(mask=torch.full_like(f.mask, -1))), cfg)
 
 
 def test_bootstrap_of_a_mean_is_about_the_textbook_interval():

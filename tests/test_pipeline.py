@@ -111,7 +111,7 @@ def test_many_ways_to_say_the_same(face, pixels):
     (dict(attrs=torch.zeros(39)), r'got shape \(39,\)'), (dict(attrs=torch.full((40,), -1.)), 'CelebA writes -1 for absent'), (dict(attrs=[]), r'got \[\]'),
     (dict(attrs=[{}, {}, {}]), '3 attributes for 2 faces: give one for all, or one each'), (dict(n=0, generator=None), 'n=0: ask for one face or more'),
     (dict(mask=torch.full((32, 32), 19)), 'the mask holds class 19'), (dict(mask=torch.full((32, 32), -2)), 'the mask holds class -2'),
-    (dict(mask=torch.zeros(64, 64)), r'the mask has \(64, 64\) px, the faces have 32'), (dict(mask=torch.full((32, 32), .5)), 'whole class numbers'),
+    (dict(mask=torch.zeros(64, 64)), r'the mask has 64x64 px, the faces have 32'), (dict(mask=torch.full((32, 32), .5)), 'whole class numbers'),
     (dict(mask=torch.zeros(1, 2, 32, 32)), r'whole class numbers, \(H,W\) or \(B,H,W\)'), (dict(mask=torch.zeros(3, 32, 32)), '3 masks for 2 faces'),
     (dict(region=REGION), 'a region needs the image'), (dict(image=torch.zeros(3, 64, 64)), 'the image has 64x64 px, the pipeline draws 32'),
     (dict(image=torch.zeros(3, 3, 32, 32)), 'give one .3,H,W. for all, or one each'), (dict(image=torch.full((3, 32, 32), 255.)), r'holds 255 to 255'),
