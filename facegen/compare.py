@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .faces import Face, flip
+from .faces import mirror
 from .show import COLOURS, PART_COLOURS, load_gallery, tile
 from .study import results
 
@@ -135,4 +135,4 @@ def mirrored(
     "Mirror drawn masks, left and right parts swapped"
     px = ((rgb + 1)*127.5).round().movedim(1, -1)[..., None, :]                                  # (n,H,W,1,3)
     mask = (px - torch.from_numpy(PART_COLOURS[:-1]).float()).abs().sum(-1).argmin(-1)            # (n,H,W)
-    return torch.from_numpy(PART_COLOURS[flip(Face(rgb, None, mask)).mask.numpy()]).movedim(-1, 1)/127.5 - 1
+    return torch.from_numpy(PART_COLOURS[mirror(mask).numpy()]).movedim(-1, 1)/127.5 - 1

@@ -10,7 +10,8 @@ import torch
 from diffusers import ConfigMixin, DiTTransformer2DModel, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+
+from .unet import count_pass
 
 # %% ../nbs/07_dit.ipynb #2d9503c7
 def check_patches(
@@ -88,7 +89,6 @@ def weigh_dit(
 )->dict:       # params, idle (weights in label rows that are never read in eval), tokens, gflops (as `unet.weigh`), attention (gflops of it)
     "Count weights, tokens and operations of a network without building it"
     with torch.device('meta'): net = make_dit(row, size, **changes)
-    c = net.config; x, t = torch.empty(1, c.channels, size, size, device='meta'), torch.zeros(1, dtype=torch.int64, device='meta')
-    with torch.no_grad(), FlopCounterMode(display=False) as count: net(x, t)
+    c, count = net.config, count_pass(net, size)
     return dict(params=sum(p.numel() for p in net.parameters()), idle=c.labels*c.layers*c.heads*c.head_dim, tokens=(size//c.patch)**2,
                 gflops=count.get_total_flops()/1e9, attention=count.get_flop_counts()['Global'].get(torch.ops.aten.bmm, 0)/1e9)

@@ -11,7 +11,7 @@ import torch
 from .clues import HIDDEN
 from .control import check, judged, look, shuffled
 from .core import generator
-from .faces import ATTRIBUTES, Face, flip
+from .faces import ATTRIBUTES, mirror
 from .scores import confusion, iou
 
 # %% ../nbs/22_edits.ipynb #717a8640
@@ -62,7 +62,7 @@ def sides(
     asked:torch.Tensor, # What was asked, -1 where nothing was, (n,H,W)
 )->torch.Tensor:        # (n,): 1 nearer to what was asked, 0 nearer to its mirror image, .5 equally near
     "Compare each face's overlap with the asked mask and with the mirrored one, where both say something"
-    twin = flip(Face(asked, None, asked)).mask
+    twin = mirror(asked)
     overlap = lambda m: torch.stack([iou(c[None]).nanmean() for c in confusion(said, torch.where(asked.minimum(twin) < 0, -1, m))])
     gain = overlap(asked) - overlap(twin)
     return torch.where(gain.abs() < 1e-9, .5, (gain > 0).double()).where(~gain.isnan(), torch.nan)

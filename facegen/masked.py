@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .core import progress
-from .faces import PARTS, Face, Faces, flip, positions
+from .faces import PARTS, Faces, mirror, positions
 from .judges import resize
 from .saving import checksum
 
@@ -58,5 +58,5 @@ def mend_sides(
     x = torch.arange(masks.shape[-1]).float()
     place = lambda c: ((masks == c)*x).sum((1, 2))/(masks == c).sum((1, 2))  # mean column of a class, NaN where it is absent
     wrong = place(PARTS.index('l_eye')) < place(PARTS.index('r_eye'))
-    masks[wrong] = flip(Face(masks, None, masks)).mask[wrong].flip(-1)   # a mirror renames and moves; moved back, only the names are new
+    masks[wrong] = mirror(masks[wrong]).flip(-1)   # a mirror renames and moves; moved back, only the names are new
     return remask(faces, masks, 'sides mended'), int(wrong.sum())
