@@ -65,8 +65,8 @@ DITS = {
     'S/2':      dict(layers=12, heads=6,  head_dim=64, patch=2), # Peebles and Xie 2023, without labels
     'B/2':      dict(layers=12, heads=12, head_dim=64, patch=2),
     'L/2':      dict(layers=24, heads=16, head_dim=64, patch=2),
-    'laptop_s': dict(layers=3,  heads=4,  head_dim=32, patch=2), # to laptop_l as small to large
-    'laptop_l': dict(layers=6,  heads=6,  head_dim=32, patch=2),
+    'laptop_s': dict(layers=2,  heads=4,  head_dim=32, patch=4), # small and large with a third of the layers,
+    'laptop_l': dict(layers=4,  heads=6,  head_dim=32, patch=4), # half the heads, each half as wide
     'gpu_s':    dict(layers=6,  heads=6,  head_dim=64, patch=4),
     'gpu_l':    dict(layers=12, heads=9,  head_dim=64, patch=4),
     'smoke':    dict(layers=2,  heads=2,  head_dim=16, patch=4)}

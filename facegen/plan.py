@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch.utils.data import Dataset
 
+from .augment import elastic, jitter
 from .core import generator
 from .faces import Face, flip
 
@@ -33,11 +34,13 @@ class TrainConfig:
     ema:float = .9999         # Longest memory of the averaged weights; 0 = no average
     precision:str = 'no'      # no (float32), bf16 or fp16
     flip:bool = True          # Mirror every other face, by chance
-    seed:int = 0              # Seeds order, mirroring, noise and dropout; not the first weights
+    jitter:float = 0.         # Strength of colour jitter; 0 = none
+    elastic:float = 0.        # Strength of elastic bending; 0 = none
+    seed:int = 0              # Seeds order, changes of faces, noise and dropout; not the first weights
     device:str = ''           # '' takes the best there is; or cpu, cuda, mps
     workers:int = 0           # Processes that load faces
     save_every:int = 500      # Optimiser steps between checkpoints
-    keep:bool = False         # Leave each checkpoint in the folder as step-000500.safetensors
+    keep:tuple = ()           # Also save after these steps, and leave that in the folder as step-000500.safetensors
 
     def __new__(cls, **keys):
         for key in keys.keys() - cls.__dataclass_fields__.keys():
@@ -49,7 +52,8 @@ class TrainConfig:
 
 # %% ../nbs/08_plan.ipynb #75190c30
 LIMITS = dict(steps=(1, math.inf), batch=(1, math.inf), micro=(0, math.inf), lr=(1e-12, math.inf), warmup=(0, math.inf),
-              weight_decay=(0, math.inf), clip=(0, math.inf), ema=(0, .999999), workers=(0, math.inf), save_every=(1, math.inf))
+              weight_decay=(0, math.inf), clip=(0, math.inf), ema=(0, .999999), jitter=(0, 1), elastic=(0, 1000),
+              workers=(0, math.inf), save_every=(1, math.inf))
 WORDS = dict(decay=('cosine', 'constant'), precision=('no', 'bf16', 'fp16'))
 
 def check(
@@ -87,8 +91,13 @@ class Batches(Dataset):
         epoch, start = divmod(step*cfg.batch, n)
         line = torch.cat([_shuffle(n, cfg.seed, epoch+i) for i in range((start+cfg.batch-1)//n + 1)])
         rows = line[start:start+cfg.batch][self.mine]
-        which = torch.rand(cfg.batch, generator=generator('flip', cfg.seed, step))[self.mine] < .5
-        return rows, flip(self.faces[rows], which) if cfg.flip else self.faces[rows]
+        return rows, self.changed(self.faces[rows], step)
+
+    def changed(self, face, step):
+        cfg, chance, part = self.cfg, (lambda name: generator(name, self.cfg.seed, step)), (self.cfg.batch, self.mine)
+        if cfg.flip: face = flip(face, torch.rand(cfg.batch, generator=chance('flip'))[self.mine] < .5)
+        if cfg.jitter: face = face._replace(image=jitter(face.image, cfg.jitter, chance('jitter'), *part))
+        return elastic(face, cfg.elastic, chance('elastic'), *part) if cfg.elastic else face
 
 # %% ../nbs/08_plan.ipynb #3876988e
 class Held:

@@ -22,7 +22,7 @@ from .faces import PARTS
 # %% ../nbs/03_show.ipynb #0e2ee739
 COLOURS = dict(ema='#0173b2', raw='#de8f05', floor='#8c8c8c', ceiling='#029e73',
                ddpm='#cc78bc', ddim='#d55e00', **{'dpm++': '#0173b2'}, unipc='#56b4e9',
-               unet='#0173b2', dit='#d55e00', train='#ca9161', real='#4d4d4d',
+               unet='#0173b2', dit='#d55e00', **{'dit-s': '#f0a35e', 'dit-l': '#a83f00'}, train='#ca9161', real='#4d4d4d',
                uncond='#949494', attrs='#cc78bc', **{'attrs+nce': '#d55e00', 'published': '#de8f05', 'published-blank': '#ece133',
                'described': '#ca9161', 'giambi-lisanti': '#fbafe4', 'spatial': '#0173b2', 'spatial+guided': '#56b4e9', 'spatial+nce': '#029e73', 'spatial+nce-soft': '#006d50'})
 

@@ -127,7 +127,7 @@ def train(
         for rows, face in loader:
             done = update(run, loss, rows, face, first, ids)
             if run.step == min(10, cfg.steps): name_unused(run)
-            if run.step % cfg.save_every == 0 or run.step == cfg.steps: save()
+            if run.step % cfg.save_every == 0 or run.step in (cfg.steps, *cfg.keep): save()
             yield Step(run.step, *done, time.perf_counter()-clock, run.ema)
             clock = time.perf_counter()
     finally: model.eval()
@@ -147,9 +147,9 @@ def keeper(run, faces, loss, folder):
     return save if main else lambda: None
 
 def keep(run, file):
-    "Where the configuration asks for it, leave a copy of the checkpoint under the name of its step"
+    "After the steps that the configuration names, leave a copy of the checkpoint under the name of its step"
     kept = file.with_name(f'step-{run.step:06d}.safetensors')
-    if run.cfg.keep and not kept.exists(): write_atomic(kept, file.read_bytes())
+    if run.step in run.cfg.keep and not kept.exists(): write_atomic(kept, file.read_bytes())
 
 def name_unused(run):
     "Warn of what is meant to be trained and had no part in the loss so far"

@@ -44,13 +44,22 @@ def test_our_pairs_keep_the_papers_ratio(pair, size):
     s, l = weigh_dit(f'{pair}_s', size), weigh_dit(f'{pair}_l', size)
     assert l['params']/s['params'] == pytest.approx(147_476_784/34_373_168, rel=.04)
     assert l['gflops']/s['gflops'] == pytest.approx(212.9/51.7, rel=.06)
-    assert s['tokens'] == l['tokens'] == 256  # a 16x16 grid
+    assert s['tokens'] == l['tokens'] == {'laptop': 64, 'gpu': 256}[pair]
     same = lambda row: {k: v for k, v in DITS[row].items() if k not in ('layers', 'heads')}
     assert same(f'{pair}_s') == same(f'{pair}_l')  # they differ in size alone
 
 
+@pytest.mark.parametrize('ours, theirs', [('laptop_s', 'small'), ('laptop_l', 'large')])
+def test_laptop_rows_are_miniatures_of_the_papers(ours, theirs):
+    "A third of the layers, half the heads, half their width, the same patch; without label table and dropout, gates closed"
+    a, b = DITS[ours], DITS[theirs]
+    assert (3*a['layers'], 2*a['heads'], 2*a['head_dim'], a['patch']) == (b['layers'], b['heads'], b['head_dim'], b['patch'])
+    assert set(b) - set(a) == {'dropout', 'labels', 'zero'}
+
+
 def test_small_rows():
-    assert .9e6 < weigh_dit('laptop_s', 32)['params'] < 2e6
+    assert [round(weigh_dit(f'laptop_{x}', 32)['params']/1e6, 2) for x in 'sl'] == [.74, 3.11]
+    assert [round(weigh_dit(f'laptop_{x}', 32)['gflops'], 4) for x in 'sl'] == [.0569, .2442]
     assert weigh_dit('smoke', 32)['params'] < 1e5 and weigh_dit('smoke', 32)['gflops'] < .02
 
 

@@ -1,5 +1,5 @@
 """The loop: same bits for same seeds, same result however a batch is cut up, nothing left untrained, clear refusals."""
-import json, math, multiprocessing, os, socket, struct
+import json, math, struct
 
 import pytest
 import torch
@@ -109,27 +109,6 @@ def test_half_of_the_faces_are_mirrored():
     assert .45 < kept.float().mean() < .55
     rows, face = Batches(faces, config(flip=False), 0, 4)[0]
     assert torch.equal(face.image, faces.image[rows])
-
-
-def one_of_two(rank, port, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    state(Net(.2 if folder.endswith('drop') else 0.), folder=folder, batch=5)
-
-
-@pytest.mark.parametrize('drop', [0., .2])
-def test_two_processes_do_not_matter(tmp_path, drop):
-    context, folder = multiprocessing.get_context('forkserver'), str(tmp_path/('drop' if drop else 'plain'))
-    context.set_forkserver_preload(['pytest', 'diffusers', 'facegen.training', 'diffusers.models.unets.unet_2d'])
-    with socket.socket() as free: free.bind(('127.0.0.1', 0)); port = free.getsockname()[1]
-    both = [context.Process(target=one_of_two, args=(rank, port, folder)) for rank in (0, 1)]
-    for p in both: p.start()
-    for p in both: p.join(90)
-    assert [p.exitcode for p in both] == [0, 0]
-    model, one = Net(drop), state(Net(drop), batch=5, flip=True)[0]
-    load_weights(model, folder, ema=False)
-    same = close(model.state_dict(), {k: v for k, v in one.items() if not k.startswith('ema')}, 2e-5)
-    assert same == (not drop), 'slices have their own dropout, and nothing else of their own'
 
 
 # Oracles

@@ -22,6 +22,28 @@ def test_the_papers_networks(row):
     assert w['attention'][0] == SIDES[row]
 
 
+@pytest.mark.parametrize('row', PAPER)
+def test_the_papers_networks_an_eighth_as_wide(row):
+    """Nothing but widths, heads and groups differ; a 64th of the weights; attention at the same levels. All weights learn at 32 px,
+    but for queries and keys of a middle block that sees one place only"""
+    w, same = weigh(f'{row}/8', 32), lambda row: {k: v for k, v in UNETS[row].items() if k not in ('widths', 'groups', 'head_dim')}
+    assert same(f'{row}/8') == same(row) and [8*n for n in UNETS[f'{row}/8']['widths']] == list(UNETS[row]['widths'])
+    assert w['params'] == pytest.approx(PAPER[row][0]/64, rel=.03)
+    assert w['attention'] == tuple([side//4 for side in sides] for sides in weigh(row, 128)['attention'])
+    net, x = make_unet(f'{row}/8', 32), torch.randn(2, 3, 32, 32)
+    F.mse_loss(net(x, torch.tensor([5, 900])), x).backward()
+    idle = [k.removeprefix('net.mid_block.attentions.0.') for k, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert {k.split('.')[0] for k in idle} == ({'to_q', 'to_k'} if len(UNETS[row]['widths']) == 6 else set())
+
+
+def test_the_narrow_rows_keep_the_order_of_the_papers():
+    "Which of two networks is larger, and which is dearer"
+    narrow = {row: weigh(f'{row}/8', 32) for row in PAPER}
+    assert sorted(PAPER, key=lambda r: narrow[r]['params']) == sorted(PAPER, key=lambda r: PAPER[r][0])
+    assert sorted(PAPER, key=lambda r: round(narrow[r]['gflops'], 3)) == sorted(PAPER, key=lambda r: PAPER[r][1])
+    assert {row: UNETS[f'{row}/8']['head_dim'] for row in PAPER} == dict.fromkeys(PAPER, 8) | dict(r6=20) # fewer and wider heads, as in the paper
+
+
 def test_small_rows():
     laptop, smoke = weigh('laptop', 32), weigh('smoke', 32)
     assert 1.5e6 < laptop['params'] < 3e6 and laptop['attention'][0] == [8]
