@@ -33,7 +33,7 @@ def trained(row, steps, compute=None, seed=0, budget=BUDGET, gap=.02, share=.5, 
         for w in ('raw', 'ema'):
             metrics += [said('kernel', v + (w == 'raw'), half, floor=0., floor_low=-.1, floor_high=.1, ceiling=None, weights=w, **tags),
                         said('frechet', 20*v, 20*half, floor=5., floor_low=4., floor_high=6., ceiling=None, weights=w, **tags)]
-        metrics += [said('copy_share', share, .05, floor=1., ceiling=.51, weights='ema', **tags), said('copy_ratio', 1 - share/10, .01, floor=0., ceiling=.99, weights='ema', **tags),
+        metrics += [said('copy_share', share, .05, floor=1., ceiling=.51, n_crowd=270, weights='ema', **tags), said('copy_ratio', 1 - share/10, .01, floor=0., ceiling=.99, weights='ema', **tags),
                     said('generalisation_gap', gap*k/p['steps'], .005, floor=0., ceiling=None, weights='ema', **tags)]
     save_result(name, p | dict(moments=moments, trained_for=moments[-1]), metrics)
     if gallery:
@@ -90,3 +90,30 @@ def test_backbones_leaves_out_what_was_trained_otherwise_and_names_it(home):
     with pytest.raises(ValueError, match="row 'dit-l-few' has no result trained and measured as _unet-few-smoke-s0"): drawn('44_fig_backbones', home)
     trained('dit-l-few', 2., 2., seed=5); save_result('_dit-l-few-smoke-s0', dict(steps=3), [said('kernel', 1., .1, step=3, weights='ema', floor=0., ceiling=None)])  # an old file
     with pytest.raises(ValueError, match='share no seed'): drawn('44_fig_backbones', home)
+
+
+def test_data_says_whether_large_gains_more_and_shows_learning_by_heart(home):
+    with pytest.raises(ValueError, match="no results of row 'dit-s' at scale 'smoke': run `make study"): drawn('45_fig_data', home)
+    for s in (0, 1, 2):  # Large gains 2, Small gains nothing after equal steps; after equal compute it is the other way about
+        for row, steps, compute in (('dit-s', 2., 1.), ('dit-s-few', 2.05, 3.), ('dit-l', 1., 2.), ('dit-l-few', 3., 2.05)):
+            trained(row, steps + .02*s, compute + .02*s, s, gap=.3 if 'few' in row else .01, share=.8 if 'few' in row else .5)
+    a, text, spill = drawn('45_fig_data', home)
+    assert 'What 270 faces instead of 27 change' in text and not spill
+    assert 'at equal steps (20): DiT-S -0.05 [-0.19, +0.09], no difference that n = 400 can show; DiT-L -2.00 [-2.14, -1.86], nearer; Large gains more than Small (+1.95 [+1.75, +2.15]).' in text
+    assert 'at equal compute (20 TFLOPs): DiT-S -2.00' in text and 'Small gains more than Large (-1.95' in text
+    assert 'DiT-S gap 30.0 % on 27, 1.0 % on 270, copy share 0.80 and 0.50' in text and 'Held-out faces score a copy share of 0.51 against the 270 of either side' in text
+    assert 'Small with more data: at equal steps no difference that n = 400 can show; at equal compute nearer.' in text
+    assert drawn('45_fig_data', home)[0] == a and 20_000 < len(a) < 400_000 and study.draw('45_fig_data', SCALE).read_bytes() == a
+
+
+def test_data_shows_the_unet_where_it_ran_on_both_and_says_where_there_is_no_budget(home):
+    for row in ('dit-s', 'dit-s-few', 'dit-l', 'dit-l-few', 'unet'): trained(row, 2., budget=0.)
+    a, text, spill = drawn('45_fig_data', home)
+    assert "no moment of equal compute: scale 'smoke' has no budget" in text and 'UNet' not in text and not spill
+    assert 'between Large and Small, no difference that n = 400 can show' in text
+    trained('unet-few', 3., budget=0.); b, text, spill = drawn('45_fig_data', home); assert 'UNet -1.00 [-1.14, -0.86], nearer' in text and a != b and not spill
+
+
+def test_data_refuses_trainings_that_share_no_seed(home):
+    for row, s in (('dit-s', 0), ('dit-s-few', 0), ('dit-l', 1), ('dit-l-few', 1)): trained(row, 2., 2., s)
+    with pytest.raises(ValueError, match='share no seed'): drawn('45_fig_data', home)

@@ -39,7 +39,7 @@ def test_names_go_there_and_back():
 
 
 def test_judges_are_shared_by_all_seeds():
-    assert rows.job('unet-laptop-s2')['needs'] == ['classifier-laptop-s0']
+    assert rows.job('unet-laptop-s2')['needs'] == ['classifier32-laptop-s0']
     assert rows.names('laptop', 3, ['classifier', 'parser', 'unet']) == ['classifier-laptop-s0', 'parser-laptop-s0', 'unet-laptop-s0', 'unet-laptop-s1', 'unet-laptop-s2']
 
 
