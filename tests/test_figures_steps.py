@@ -127,7 +127,7 @@ def test_steps_says_when_the_reference_is_not_the_best(home):
     every = ['ddpm 10', 'ddim 5', 'dpm++ 2', 'dpm++ 5', 'unipc 5']
     sampled([2., 1.2, 1.5, 1.02, 1.], ('dpm++', 2), every); _, text, names = drawn('46_fig_steps', home)
     assert 'But the reference is not the best: 4 of 4 others are nearer to real faces' in text and 'minus DDPM 10: -0.500 [-0.571, -0.429], less; it is not worse' in text
-    assert "UniPC 5 (1.00 [0.95, 1.05]), by the same rule UniPC 5 is the cheapest that is good enough, and the study's setting is good enough." in text
+    assert "UniPC 5 (1.00 [0.95, 1.05]), by the same rule UniPC 5 is the cheapest that is good enough, and the study's setting, with as many passes, is good enough." in text
     assert names['strips'][('unipc', 5)] == 'nearest to real'
-    sampled([2., 1.2, 1.5, 1.2, 1.], ('dpm++', 2), every); assert "and the study's setting is not good enough." in drawn('46_fig_steps', home)[1]
+    sampled([2., 1.2, 1.5, 1.2, 1.], ('dpm++', 2), every); assert "and the study's setting, with as many passes, is not good enough." in drawn('46_fig_steps', home)[1]
     sampled([2., 1.2, 1.5, 1., 1.2], ('dpm++', 2), every); assert 'by the same rule DPM-Solver++ 5 is the cheapest that is good enough, and is what the study uses.' in drawn('46_fig_steps', home)[1]
