@@ -41,7 +41,7 @@ table: setup  ## print the table of results
 	@$(BIN)/facegen table $(SCALE)
 
 notebooks: setup  ## run every chapter in place and save its small outputs
-	@for nb in nbs/index.ipynb nbs/[01245]*.ipynb; do echo $$nb; $(BIN)/jupyter execute --inplace $$nb 2>/dev/null || exit 1; done
+	@for nb in nbs/index.ipynb nbs/[01245]*.ipynb; do echo $$nb; env -u MPLBACKEND $(BIN)/jupyter execute --inplace $$nb 2>/dev/null || exit 1; done
 	@$(BIN)/nbdev_clean
 
 lab: setup  ## open the chapters in JupyterLab
