@@ -1,6 +1,6 @@
 """Figures write what their results say, say what is missing, and are the same bytes when drawn again."""
-import contextlib, io, json
 import numpy as np, pandas as pd, pytest, torch
+from conftest import run_cells
 from facegen import compare, rows, show, study
 from facegen.core import save_result
 from facegen.toyfaces import draw_faces
@@ -87,12 +87,8 @@ def made_up_guidance(scale=SCALE):
 
 def drawn(notebook, home, scale=SCALE):
     "Run a figure notebook's code here, which is quicker than in a kernel; returns the figure's bytes and all that was printed"
-    show.plt.switch_backend('agg'); out, names = io.StringIO(), {}
-    with contextlib.redirect_stdout(out):
-        for c in json.loads(rows.notebook_path(notebook).read_text())['cells']:
-            if c['cell_type'] == 'code': exec(''.join(c['source']), names); names['scale'] = scale
-    show.plt.close('all')
-    return (home/'figures'/f'{study.figure_name(rows.FIGURES[notebook], scale)}.png').read_bytes(), out.getvalue()
+    text, _ = run_cells(notebook, scale=scale)
+    return (home/'figures'/f'{study.figure_name(rows.FIGURES[notebook], scale)}.png').read_bytes(), text
 
 
 def test_infonce_says_what_moves_and_what_does_not(home):

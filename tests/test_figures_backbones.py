@@ -1,7 +1,8 @@
 """Backbones and data: the words follow from made-up results, whichever way these turn; what cannot be compared is left out and named."""
-import contextlib, io, json
-import numpy as np, pandas as pd, pytest
-from facegen import compare, curves, rows, show, study
+import pytest
+from conftest import run_cells
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from facegen import rows, show, study
 from facegen.core import save_result
 from facegen.toyfaces import draw_faces
 
@@ -43,14 +44,9 @@ def trained(row, steps, compute=None, seed=0, budget=BUDGET, gap=.02, share=.5, 
 
 def drawn(notebook, home):
     "Run a figure notebook's code here; returns the figure's bytes, all that was printed, and its names"
-    show.plt.switch_backend('agg'); out, names = io.StringIO(), {}
-    with contextlib.redirect_stdout(out):
-        for c in json.loads(rows.notebook_path(notebook).read_text())['cells']:
-            if c['cell_type'] != 'code': continue
-            exec(''.join(c['source']), names)
-            if 'parameters' in c['metadata'].get('tags', []): names['scale'] = SCALE
-    names['fig'].canvas.draw(); spill = outside(names['fig']); show.plt.close('all')
-    return (home/'figures'/f'{study.figure_name(rows.FIGURES[notebook], SCALE)}.png').read_bytes(), out.getvalue(), spill
+    text, names = run_cells(notebook, scale=SCALE)
+    FigureCanvasAgg(names['fig']).draw(); spill = outside(names['fig'])
+    return (home/'figures'/f'{study.figure_name(rows.FIGURES[notebook], SCALE)}.png').read_bytes(), text, spill
 
 
 def outside(fig):

@@ -1,6 +1,6 @@
 """What averaging buys, and how many steps are enough: the words follow from made-up results, whichever way these turn."""
-import contextlib, io, json
 import pytest
+from conftest import run_cells
 from facegen import rows, show, study
 from facegen.core import save_result
 from facegen.toyfaces import draw_faces
@@ -41,14 +41,8 @@ def sampled(kernels, chosen, good, seconds=.01):
 
 def drawn(notebook, home, **params):
     "Run a figure notebook's code here; returns the figure's bytes, all that was printed, and its names"
-    show.plt.switch_backend('agg'); out, names = io.StringIO(), {}
-    with contextlib.redirect_stdout(out):
-        for c in json.loads(rows.notebook_path(notebook).read_text())['cells']:
-            if c['cell_type'] != 'code': continue
-            exec(''.join(c['source']), names)
-            if 'parameters' in c['metadata'].get('tags', []): names |= dict(scale=SCALE) | params
-    show.plt.close('all')
-    return (home/'figures'/f'{study.figure_name(rows.FIGURES[notebook], SCALE)}.png').read_bytes(), out.getvalue(), names
+    text, names = run_cells(notebook, scale=SCALE, **params)
+    return (home/'figures'/f'{study.figure_name(rows.FIGURES[notebook], SCALE)}.png').read_bytes(), text, names
 
 
 def test_ema_needs_its_first_row_only_and_is_the_same_bytes_again(home):

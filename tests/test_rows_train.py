@@ -1,8 +1,9 @@
 """Every unconditional row trains, measures and writes its result at scale smoke; two rows that are compared differ in what they should."""
-import contextlib, io, json, math
+import math
 import pytest
 import torch
-from facegen import rows, show
+from conftest import run_cells
+from facegen import rows
 from facegen.core import load_result, root
 from facegen.cost import cost_of
 from facegen.dit import make_dit
@@ -22,15 +23,8 @@ def home(tmp_path_factory):
 
 def run(row, **more):
     "Run a row's notebook here, with its arguments at smoke and no judge trained; its result"
-    name = rows.run_name(row, 'smoke', 0); j = rows.job(name); names = {}
-    params = {k: v for k, v in j['params'].items() if k not in rows.RUNS[row].needs} | more
-    show.plt.switch_backend('agg')
-    with contextlib.redirect_stdout(io.StringIO()):
-        for c in json.loads(rows.notebook_path(j['notebook']).read_text())['cells']:
-            if c['cell_type'] != 'code': continue
-            exec(''.join(c['source']), names)
-            if 'parameters' in c['metadata'].get('tags', []): names |= params
-    show.plt.close('all')
+    name = rows.run_name(row, 'smoke', 0); j = rows.job(name)
+    run_cells(j['notebook'], **{k: v for k, v in j['params'].items() if k not in rows.RUNS[row].needs} | more)
     return load_result(name)
 
 
