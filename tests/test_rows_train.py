@@ -1,5 +1,5 @@
 """Every unconditional row trains, measures and writes its result at scale smoke; two rows that are compared differ in what they should."""
-import math
+import math, shutil
 import pytest
 import torch
 from conftest import run_cells
@@ -24,6 +24,7 @@ def home(tmp_path_factory):
 def run(row, **more):
     "Run a row's notebook here, with its arguments at smoke and no judge trained; its result"
     name = rows.run_name(row, 'smoke', 0); j = rows.job(name)
+    shutil.rmtree(root()/'data'/'runs'/name, ignore_errors=True)  # another test may have run it otherwise
     run_cells(j['notebook'], **{k: v for k, v in j['params'].items() if k not in rows.RUNS[row].needs} | more)
     return load_result(name)
 
