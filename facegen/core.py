@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'root', 'generator', 'seed_all', 'device', 'live', 'progress', 'tqdm_file', 'write_atomic',
-           'result_problems', 'environment', 'result_path', 'save_result', 'load_result']
+           'result_problems', 'peak_memory', 'environment', 'result_path', 'save_result', 'load_result']
 
 # %% ../nbs/00_core.ipynb #100a42cd
 import hashlib, json, math, os, platform, random, resource, subprocess, sys, time
@@ -105,6 +105,13 @@ def result_problems(
     return bad
 
 # %% ../nbs/00_core.ipynb #4a193673
+def peak_memory(
+    gpu:bool=None, # True: on the GPU; False: this process; None: where models train here
+)->float:          # MB
+    "Say how much memory was held at most"
+    if torch.cuda.is_available() if gpu is None else gpu: return torch.cuda.max_memory_allocated()/1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)/1e6
+
 def environment(
     seconds:float=None, # How long the run took
 )->dict:                # Versions, device, threads, commit, seconds, peak memory in MB
@@ -114,14 +121,13 @@ def environment(
         except PackageNotFoundError: return None
     def git(*args): return subprocess.run(['git', *args], cwd=root(), capture_output=True, text=True).stdout.strip()
     cuda = torch.cuda.is_available()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == 'darwin' else 1024)
     return dict(
         python=platform.python_version(), system=platform.system(), machine=platform.machine(),
         **{lib: have(lib) for lib in ('torch', 'diffusers', 'transformers', 'accelerate', 'torchmetrics', 'numpy')},
         device=torch.cuda.get_device_name() if cuda else device().type, threads=torch.get_num_threads(),
         commit=git('rev-parse', 'HEAD') or None, changed=bool(git('status', '--porcelain', '--', 'nbs', 'facegen')),
-        seconds=None if seconds is None else round(seconds, 1), peak_mb=round(peak),
-        peak_gpu_mb=round(torch.cuda.max_memory_allocated()/1024**2) if cuda else None)
+        seconds=None if seconds is None else round(seconds, 1), peak_mb=round(peak_memory(gpu=False)),
+        peak_gpu_mb=round(peak_memory(gpu=True)) if cuda else None)
 
 # %% ../nbs/00_core.ipynb #78151b66
 def result_path(
