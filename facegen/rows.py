@@ -28,7 +28,7 @@ SCALES = {
     'smoke': {'latent': dict(network='smoke_latent'), 'latent-0.18215': dict(network='smoke_latent')},
     'laptop': {  # two CPU cores, minutes a row: drawn faces, 32 px folded to a 16x16 grid
         '30_run_judges': dict(n_faces=20000, size=64, steps=1500, batch=40, lr=2e-3), 'parser': PARSER, 'parser-pairs128': PARSER,
-        'classifier32': JUDGE32, 'parser32': PARSER32,
+        'classifier32': JUDGE32, 'parser32': PARSER32, 'classifier-mixed': JUDGE32 | dict(steps=4000),
         '31_run_autoencoder': dict(n_faces=20000, size=64, widths='32 64', codes=1024, steps=7000, batch=8, lr=2e-3, warmup=50, precision='bf16', free=.1, rounds=8),
         '33_run_conditional': dict(n_faces=20000, size=32, network='laptop', steps=1400, batch=32, lr=2e-3, warmup=50, ema=.995,
                                    prediction='sample', samples=256, sampling_steps=10),
@@ -37,7 +37,9 @@ SCALES = {
         '33_run_guidance': dict(n_faces=20000, size=32, samples=256, sampling_steps=10),
         '32_run_unconditional': dict(n_faces=20000, size=32, n_train=2700, steps=900, budget=BUDGET, batch=32, lr=1e-3, warmup=50, ema=.995,
                                      evals=3, samples=400, sampling_steps=10),
-        '32_run_samplers': dict(n_faces=20000, size=32, samples=400, settings=LADDER)},
+        '32_run_samplers': dict(n_faces=20000, size=32, samples=400, settings=LADDER),
+        '34_run_stable': dict(network='laptop', n_faces=20000, size=32, face_steps=2500, face_batch=8, face_lr=2e-3, steps=1600, batch=32, lr=2e-3, warmup=50, ema=.995,
+                              samples=256, sampling_steps=10)},
     'gpu': {     # one GPU, minutes a row
         '30_run_judges': dict(n_faces=30000, size=64, steps=6000, batch=128, lr=2e-3),
         '32_run_unconditional': dict(n_faces=30000, size=64, steps=20000, batch=128, lr=3e-4, warmup=500, ema=.9995,
@@ -48,7 +50,9 @@ SCALES = {
         '33_run_conditional': dict(n_faces=30000, size=64, network='gpu', steps=20000, batch=128, lr=3e-4, warmup=500, ema=.9995,
                                    precision='bf16', samples=1024, sampling_steps=20),
         'latent': dict(network='gpu_latent'), 'latent-0.18215': dict(network='gpu_latent'),
-        '33_run_guidance': dict(n_faces=30000, size=64, samples=1024, sampling_steps=20)},
+        '33_run_guidance': dict(n_faces=30000, size=64, samples=1024, sampling_steps=20),
+        '34_run_stable': dict(network='gpu', n_faces=30000, size=64, face_steps=20000, face_batch=64, face_lr=5e-4, steps=20000, batch=128, lr=3e-4, warmup=500, ema=.9995,
+                              precision='bf16', samples=1024, sampling_steps=20)},
     'paper': {   # GPUs, hours: the published setting (128 px, batch 16, linear schedule, 1000 DDPM steps)
         '30_run_judges': dict(n_faces=30000, size=64, steps=20000, batch=128, lr=2e-3),
         '32_run_unconditional': dict(n_faces=30000, size=128, steps=100000, batch=16, lr=8e-5, warmup=500, ema=.9999,
@@ -88,6 +92,7 @@ RUNS = {r.name: r for r in [
     Run('parser-pairs128', '30_run_judges', dict(judge='parser', faces='pairs128', part='train'), seeded=False),
     Run('classifier32', '30_run_judges', dict(judge='classifier'), seeded=False),
     Run('parser32', '30_run_judges', dict(judge='parser'), seeded=False),
+    Run('classifier-mixed', '30_run_judges', dict(judge='classifier', faces='toy-mixed'), seeded=False),  # knows both ways of drawing
     *[Run(name, '32_run_unconditional', params, judged_by('classifier-celeba64' if 'faces' in params else 'classifier32')) for name, params in unconditional().items()],
     Run('samplers', '32_run_samplers', needs=judged_by('classifier32') | {'model': ('unet', 'model')}, seeded=False),
     Run('autoencoder', '31_run_autoencoder', needs=judged_by('classifier', 'parser'), seeded=False),
@@ -106,6 +111,7 @@ RUNS = {r.name: r for r in [
     ladder('spatial-shuffled-attrs', 'spatial', alter='shuffled attrs'),
     ladder('latent', 'spatial', LATENT, **GUIDED),
     ladder('latent-0.18215', 'spatial', LATENT, latent_scale=.18215, **GUIDED),
+    Run('stable', '34_run_stable', needs=judged_by('classifier-mixed'), seeded=False, scales=('smoke', 'laptop', 'gpu')),  # `paper` takes the hub's
     Run('guidance', '33_run_guidance', needs=judged_by('classifier32', 'parser32') | {'pipeline': ('spatial+guided', 'pipeline')}, seeded=False),
     *[ladder(f'{name}-celeba64', told, CELEBA, faces='celeba64', **more)
       for name, told, more in (('attrs', 'attrs', {}), ('published', 'published', {}), ('spatial+guided', 'spatial', GUIDED))],

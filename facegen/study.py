@@ -18,7 +18,7 @@ from .rows import FIGURES, RUNS, SHOWS, find_faces, job, names, notebook_path, p
 
 # %% ../nbs/23_study.ipynb #09045da7
 def pack_path(
-    faces:str,   # 'toy', 'toy-ink', a folder, or a name under FACEGEN_FACES
+    faces:str,   # 'toy', 'toy-ink', 'toy-mixed', a folder, or a name under FACEGEN_FACES
     n_faces:int, # How many to draw; ignored for real faces, all of which are packed
     size:int,    # Side, px
 )->Path:         # Where the packed faces are, whether made or not
@@ -27,7 +27,7 @@ def pack_path(
     return root()/'data'/'faces'/(f'{faces}-{n_faces}-{size}' if toy else f'{Path(faces).name}-{size}')
 
 def pack(
-    faces:str,   # 'toy', 'toy-ink', a folder, or a name under FACEGEN_FACES
+    faces:str,   # 'toy', 'toy-ink', 'toy-mixed', a folder, or a name under FACEGEN_FACES
     n_faces:int, # How many to draw
     size:int,    # Side, px
 )->Path:         # The packed faces, ready for `load_faces`
@@ -38,7 +38,7 @@ def pack(
     if (out/'faces.json').exists(): return out
     if out.is_dir() and not any(out.iterdir()): out.rmdir()  # Snakemake makes the folder beforehand
     if not out.name.startswith('toy-'): return prepare(find_faces(faces), out, size)
-    side, style = max(size, 64), 'ink' if faces == 'toy-ink' else 'flat'
+    side, style = max(size, 64), (faces.split('-') + ['flat'])[1]
     raw = root()/'data'/'faces'/f'raw-{faces}-{n_faces}-{side}'
     if not (raw/'CelebAMask-HQ-attribute-anno.txt').exists(): write_toyfaces(raw, n_faces, side, style=style)
     return prepare(raw, out, size)
