@@ -39,10 +39,10 @@ SCALES = {
         '32_run_unconditional': dict(n_faces=20000, size=32, n_train=2700, steps=900, budget=BUDGET, batch=32, lr=1e-3, warmup=50, ema=.995,
                                      evals=3, samples=400, sampling_steps=10),
         '32_run_samplers': dict(n_faces=20000, size=32, samples=400, settings=LADDER),
-        '34_run_stable': dict(network='laptop', n_faces=20000, size=32, face_steps=2500, face_batch=8, face_lr=2e-3, steps=1600, batch=32, lr=2e-3, warmup=50, ema=.995,
+        '34_run_stable': dict(network='laptop', wide='toy-mixed', n_faces=20000, size=32, face_steps=2500, face_batch=8, face_lr=2e-3, steps=1500, batch=32, lr=2e-3, warmup=50, ema=.995,
                               samples=256, sampling_steps=10),
-        '34_run_lora': dict(n_faces=4000, size=32, n_train=128, rank=8, alpha=24., steps=400, batch=16, lr=1e-3, lr_full=1e-3, warmup=20, ema=.98, previews=4,
-                            guidances='1 1.5 2 3 5', chosen_on=128, samples=256, sampling_steps=10)},
+        '34_run_lora': dict(n_faces=20000, size=32, n_train=128, rank=8, alpha=24., steps=400, batch=16, lr=1e-3, lr_full=1e-3, warmup=20, ema=.98, previews=4,
+                            guidances='1 1.5 2 3', chosen_on=128, samples=256, sampling_steps=10)},
     'gpu': {     # one GPU, minutes a row
         '30_run_judges': dict(n_faces=30000, size=64, steps=6000, batch=128, lr=2e-3),
         '32_run_unconditional': dict(n_faces=30000, size=64, steps=20000, batch=128, lr=3e-4, warmup=500, ema=.9995,
@@ -54,7 +54,7 @@ SCALES = {
                                    precision='bf16', samples=1024, sampling_steps=20),
         'latent': dict(network='gpu_latent'), 'latent-0.18215': dict(network='gpu_latent'),
         '33_run_guidance': dict(n_faces=30000, size=64, samples=1024, sampling_steps=20),
-        '34_run_stable': dict(network='gpu', n_faces=30000, size=64, face_steps=20000, face_batch=64, face_lr=5e-4, steps=20000, batch=128, lr=3e-4, warmup=500, ema=.9995,
+        '34_run_stable': dict(network='gpu', wide='toy-mixed', n_faces=30000, size=64, face_steps=20000, face_batch=64, face_lr=5e-4, steps=20000, batch=128, lr=3e-4, warmup=500, ema=.9995,
                               precision='bf16', samples=1024, sampling_steps=20),
         '34_run_lora': dict(n_faces=10000, size=64, n_train=1000, rank=16, alpha=48., steps=4000, batch=32, lr=3e-4, lr_full=1e-4, warmup=100, ema=.999, previews=4, precision='bf16',
                             guidances='1 1.5 2 3 5', chosen_on=512, samples=1024, sampling_steps=20)},
@@ -129,10 +129,12 @@ DEMO = ['attrs', 'published', 'spatial+guided']  # judges from data/weights
 FIGURES = {'40_fig_ema': 'what-does-ema-buy', '41_fig_infonce': 'what-does-the-published-infonce-change',
            '42_fig_pooled': 'can-a-pooled-mask-say-where', '43_fig_guidance': 'what-do-two-guidance-scales-buy',
            '44_fig_backbones': 'does-a-transformer-beat-a-unet', '45_fig_data': 'what-does-ten-times-the-data-buy',
-           '46_fig_steps': 'how-many-steps-are-enough'}
+           '46_fig_steps': 'how-many-steps-are-enough', '47_fig_lora': 'does-lora-help-more-with-attributes',
+           '48_fig_ranks': 'how-thin-can-the-matrices-be', '49_fig_strength': 'what-does-the-strength-do'}
 SHOWS = {'40_fig_ema': ['unet'], '41_fig_infonce': ['attrs', 'attrs+nce'], '42_fig_pooled': ['attrs', 'published'],
          '43_fig_guidance': ['guidance'], '44_fig_backbones': ['unet-few', 'dit-s-few', 'dit-l-few'],
-         '45_fig_data': ['dit-s', 'dit-s-few', 'dit-l', 'dit-l-few'], '46_fig_steps': ['samplers']}  # rows without which a figure cannot be drawn
+         '45_fig_data': ['dit-s', 'dit-s-few', 'dit-l', 'dit-l-few'], '46_fig_steps': ['samplers'],
+         '47_fig_lora': ['zero-shot', 'full', 'lora-uncond', 'lora'], '48_fig_ranks': ['zero-shot', 'lora', 'lora-r1'], '49_fig_strength': ['lora']}  # rows without which a figure cannot be drawn
 
 # %% ../nbs/23_rows.ipynb #5be8fbe3
 def run_name(

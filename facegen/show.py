@@ -24,7 +24,8 @@ COLOURS = dict(ema='#0173b2', raw='#de8f05', floor='#8c8c8c', ceiling='#029e73',
                ddpm='#cc78bc', ddim='#d55e00', **{'dpm++': '#0173b2'}, unipc='#56b4e9',
                unet='#0173b2', dit='#d55e00', **{'dit-s': '#f0a35e', 'dit-l': '#a83f00'}, train='#ca9161', real='#4d4d4d',
                uncond='#949494', attrs='#cc78bc', **{'attrs+nce': '#d55e00', 'published': '#de8f05', 'published-blank': '#ece133',
-               'described': '#ca9161', 'giambi-lisanti': '#fbafe4', 'spatial': '#0173b2', 'spatial+guided': '#56b4e9', 'spatial+nce': '#029e73', 'spatial+nce-soft': '#006d50'})
+               'described': '#ca9161', 'giambi-lisanti': '#fbafe4', 'spatial': '#0173b2', 'spatial+guided': '#56b4e9', 'spatial+nce': '#029e73', 'spatial+nce-soft': '#006d50'},
+               **{'zero-shot': '#6b6b6b', 'zero-shot-uncond': '#b5b5b5', 'full': '#d55e00', 'lora': '#0173b2', 'lora-uncond': '#56b4e9', 'lora-silent': '#cc78bc', 'lora-absent': '#029e73'})
 
 def style():
     "Set the look of every figure: seaborn's white grid, 72 dots an inch, quiet text"
