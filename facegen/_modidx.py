@@ -525,4 +525,8 @@ d = { 'settings': { 'branch': 'main',
                               'facegen.unet.check_size': ('unet.html#check_size', 'facegen/unet.py'),
                               'facegen.unet.count_pass': ('unet.html#count_pass', 'facegen/unet.py'),
                               'facegen.unet.make_unet': ('unet.html#make_unet', 'facegen/unet.py'),
-                              'facegen.unet.weigh': ('unet.html#weigh', 'facegen/unet.py')}}}
+                              'facegen.unet.weigh': ('unet.html#weigh', 'facegen/unet.py')},
+            'facegen.verdicts': { 'facegen.verdicts.Claim': ('verdicts.html#claim', 'facegen/verdicts.py'),
+                                  'facegen.verdicts.Verdict': ('verdicts.html#verdict', 'facegen/verdicts.py'),
+                                  'facegen.verdicts.judge': ('verdicts.html#judge', 'facegen/verdicts.py'),
+                                  'facegen.verdicts.primary': ('verdicts.html#primary', 'facegen/verdicts.py')}}}

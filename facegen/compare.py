@@ -16,17 +16,17 @@ from .show import COLOURS, PART_COLOURS, load_gallery, tile
 from .study import results
 
 # %% ../nbs/24_compare.ipynb #3d6909ef
-def said_by_faces(records, metric, part):
+def said_by_faces(records, metric):
     "What each face had to say, a dict a run; None if a run has kept nothing of the kind"
     if metric not in MEASURES or 'run' not in records or not all(faces_path(r).exists() for r in records.run): return None
-    cut = [{k[len(part):]: v for k, v in load_faces_of(r).items() if k.startswith(part)} for r in records.run]
+    start = records.kept.fillna('') if 'kept' in records else ['']*len(records)  # a run that is measured twice names its tables apart
+    cut = [{k[len(s):]: v for k, v in load_faces_of(r).items() if k.startswith(s)} for r, s in zip(records.run, start)]
     return cut if all(set(MEASURES[metric][0]) <= t.keys() for t in cut) else None
 
 def difference(
     a:pd.DataFrame, # Records of the first row, one a seed and metric
     b:pd.DataFrame, # Records of the second row
     metric:str,     # Which metric
-    part:str='',    # Which moment or setting of a run: what the names of its tables start with
 )->Difference:      # Raises ValueError where nothing can be paired
     "Subtract row `a` from row `b`, seed by seed: face by face if both kept them, else with limits from Zou and Donner (2008)"
     a, b = (x[x.metric == metric].set_index('seed').sort_index() for x in (a, b))
@@ -35,7 +35,7 @@ def difference(
         raise ValueError(f'{metric!r} cannot be paired: give two tables with one record a seed and a seed in common, '
                          f'got seeds {list(a.index)} and {list(b.index)}')
     a, b = a.loc[both], b.loc[both]; each = b.value - a.value
-    one, two = (said_by_faces(x, metric, part) for x in (a, b))
+    one, two = (said_by_faces(x, metric) for x in (a, b))
     if one and two:
         d = paired(one, two, metric)
         if np.allclose(d.each, each, rtol=1e-3, atol=1e-3): return d

@@ -93,5 +93,6 @@ def test_compare_takes_the_faces_where_both_rows_kept_them(home):
     assert d == paired([far], [near], 'miou') and d.high - d.low < .2
     loose = compare.difference(a, frame(records('_c', None)), 'miou'); assert np.isclose(loose.high - loose.low, 2*np.hypot(.1, .1))
     with pytest.raises(ValueError, match='belong to different runs'): compare.difference(a, b.assign(value=b.value - .2, low=0.), 'miou')
-    c = frame(records('_e', far, part='ema.')); e = frame(records('_f', near, part='ema.'))
-    assert compare.difference(c, e, 'miou', 'ema.') == d and np.isclose(compare.difference(c, e, 'miou').high - e.value[0] + c.value[0], np.hypot(.1, .1))
+    c = frame(records('_e', far, part='ema.')); e = frame(records('_f', near, part='ema.'))  # a run that was measured at several moments
+    assert compare.difference(c.assign(kept='ema.'), e.assign(kept='ema.'), 'miou') == d
+    for kept in ('no.', None): assert np.isclose((f := compare.difference(c.assign(kept=kept), e.assign(kept=kept), 'miou')).high - f.value, np.hypot(.1, .1))
