@@ -41,7 +41,7 @@ SCALES = {
         '32_run_samplers': dict(n_faces=20000, size=32, samples=400, settings=LADDER),
         '34_run_stable': dict(network='laptop', wide='toy-mixed', n_faces=20000, size=32, face_steps=2500, face_batch=8, face_lr=2e-3, steps=1500, batch=32, lr=2e-3, warmup=50, ema=.995,
                               samples=256, sampling_steps=10),
-        '34_run_lora': dict(n_faces=20000, size=32, n_train=128, rank=8, alpha=24., steps=400, batch=16, lr=1e-3, lr_full=1e-3, warmup=20, ema=.98, previews=4,
+        '34_run_lora': dict(n_faces=20000, size=32, n_train=128, rank=8, alpha=24., steps=600, batch=16, lr=3e-3, lr_full=3e-4, warmup=20, ema=.98, previews=4,
                             guidances='1 1.5 2 3', chosen_on=128, samples=256, sampling_steps=10)},
     'gpu': {     # one GPU, minutes a row
         '30_run_judges': dict(n_faces=30000, size=64, steps=6000, batch=128, lr=2e-3),
