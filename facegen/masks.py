@@ -23,7 +23,7 @@ def one_hot(
 )->Tensor:         # One channel a class, (B,19,H,W) float32, all zero where the mask is -1; raises ValueError
     "Turn class numbers into channels"
     if side and mask.shape[-2:] != (side, side): raise ValueError(f'masks must be {side}x{side} here, got {tuple(mask.shape)}: resize first')
-    if mask.is_floating_point() or mask.min() < -1 or mask.max() >= len(PARTS):
+    if mask.is_floating_point() or not mask.is_meta and (mask.min() < -1 or mask.max() >= len(PARTS)):  # a meta tensor has no numbers to check
         raise ValueError(f'masks hold whole classes -1..{len(PARTS) - 1}, got {mask.min()}..{mask.max()} ({mask.dtype}): see `faces`')
     return F.one_hot(mask.long() + 1, len(PARTS) + 1)[..., 1:].movedim(-1, 1).float()
 
