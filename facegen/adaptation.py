@@ -15,7 +15,7 @@ ARMS = {  # row -> arguments at every scale
     'lora-silent': dict(told='empty', asked='published'), 'lora-absent': dict(told='absent'),
     'lora-attention': dict(targets='to_q to_k to_v to_out.0')}  # the four matrices of attention alone
 
-# %% ../nbs/23_adaptation.ipynb #c6e37704
+# %% ../nbs/23_adaptation.ipynb #9f4c833b
 RANKS, LOUDNESS, TIMES = (1, 2, 4, 16, 32), 3, (1, 2, 6)  # `lora` itself is one more; alpha is LOUDNESS times the rank; TIMES it is something else
 
 def adapting()->dict: # Row -> arguments that it has at every scale

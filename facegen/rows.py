@@ -90,7 +90,7 @@ def ladder(name, told, seen=judged_by('classifier32', 'parser32'), **params): re
 
 GUIDED = dict(drop=.1, attrs_scale=3., mask_scale=2.)      # what `spatial+guided` adds, in training and in sampling
 LATENT = judged_by('classifier', 'parser') | {'autoencoder': ('autoencoder', 'autoencoder')}
-LORA = judged_by('classifier-mixed') | {'base': ('stable', 'pipeline')}
+LORA = judged_by('classifier-mixed') | {'eye': ('classifier32', 'judge'), 'base': ('stable', 'pipeline')}
 CELEBA = judged_by('classifier-celeba64', 'parser-pairs128') | {'parsed_by': ('parser-pairs128', 'judge')}
 
 RUNS = {r.name: r for r in [
@@ -120,7 +120,7 @@ RUNS = {r.name: r for r in [
     ladder('latent', 'spatial', LATENT, **GUIDED),
     ladder('latent-0.18215', 'spatial', LATENT, latent_scale=.18215, **GUIDED),
     Run('stable', '34_run_stable', needs=judged_by('classifier-mixed'), seeded=False, scales=('smoke', 'laptop', 'gpu')),  # `paper` takes the hub's
-    *[Run(name, '34_run_lora', params, LORA | (judged_by('classifier-celeba64') if 'faces' in params else {})) for name, params in adapting().items()],
+    *[Run(name, '34_run_lora', params, LORA | (judged_by('classifier-celeba64') | {'eye': ('classifier-celeba64', 'judge')} if 'faces' in params else {})) for name, params in adapting().items()],
     Run('guidance', '33_run_guidance', needs=judged_by('classifier32', 'parser32') | {'pipeline': ('spatial+guided', 'pipeline')}, seeded=False),
     *[ladder(f'{name}-celeba64', told, CELEBA, faces='celeba64', **more)
       for name, told, more in (('attrs', 'attrs', {}), ('published', 'published', {}), ('spatial+guided', 'spatial', GUIDED))],
