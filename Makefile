@@ -25,12 +25,12 @@ setup: .venv/ready  ## make the virtual environment (about 2 GB)
 	@touch $@
 
 demo: setup  ## three ways of telling a denoiser what to draw: draw faces, train, measure, draw the figures, print the table
-	@$(BIN)/facegen plan $(SCALE) 1 attrs published spatial+guided
+	@$(BIN)/facegen plan $(SCALE) 1 attrs published spatial+guided --jobs 3
 	@$(SNAKE) --cores 3 --config scale=$(SCALE) seeds=1 demo=1 -- demo
 	@$(BIN)/facegen table $(SCALE) attrs published spatial+guided
 
 study: setup  ## run every row of the study at SCALE with SEEDS seeds, then the figures
-	@$(BIN)/facegen plan $(SCALE) $(SEEDS)
+	@$(BIN)/facegen plan $(SCALE) $(SEEDS) --jobs $(JOBS)
 	@$(SNAKE) --cores $(JOBS) --config scale=$(SCALE) seeds=$(SEEDS) -- study
 	@$(BIN)/facegen table $(SCALE)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from .core import load_result, result_path, root
+from .pace import expected, pace
 from .rows import FIGURES, RUNS, SHOWS, find_faces, job, names, notebook_path, parse_name, run_name, unknown_params
 
 # %% ../nbs/23_study.ipynb #09045da7
@@ -169,11 +170,15 @@ def draw(
     return root()/'figures'/f'{figure_name(FIGURES[notebook], scale)}.png'
 
 # %% ../nbs/23_study.ipynb #dfc97d3c
-def say_plan(scale, seeds, rows):
-    "Print what will run, and for how long it ran before"
-    todo = names(scale, seeds, rows); known = [load_result(n)['env']['seconds'] for n in todo if result_path(n).exists()]
-    left_out = [r for r in RUNS if rows is None and run_name(r, scale, 0) not in todo]
-    print(f'{len(todo)} runs at scale {scale}' + (f'; when last measured they took {sum(known)/60:.0f} minutes of one core each together' if known else ''))
+def say_plan(scale, seeds, rows, jobs=2):
+    "Print what will run, and how long that will take on this machine"
+    every = names(scale, seeds, rows); todo = [n for n in every if not (root()/'data'/'runs'/n/'done').exists()]
+    seconds, new, unknown = expected({n: parse_name(n)[0].notebook for n in todo}, {n: [run_name(parse_name(n)[0].name, scale, s) for s in range(10)] for n in todo})
+    left_out = [r for r in RUNS if rows is None and scale in RUNS[r].scales and run_name(r, scale, 0) not in every]
+    slower = pace(run_name('unet', scale, 0)) if seconds else 1.
+    guess = f"about {seconds*slower/60/jobs:.0f} minutes, {jobs} at a time (measured elsewhere {seconds/60:.0f} minutes of one core; a step takes {slower:.2f} times as long here)"
+    print(f"{len(todo)} of {len(every)} runs at scale {scale} are to be done" + (f': {guess}' if seconds else '') + (f'; {new} were never measured and count as others of their notebook' if new else '')
+          + (f', {unknown} of them as nothing' if unknown else ''))
     if left_out: print(f"left out, since their faces were not found: {', '.join(left_out)} (set FACEGEN_FACES)")
 
 def print_table(scale, rows=()):
@@ -190,7 +195,7 @@ def main(
     def add(verb, meaning, **words):
         q = sub.add_parser(verb, help=meaning)
         for word, kw in words.items(): q.add_argument(word, **kw)
-    add('plan', 'say what will run', scale={}, seeds=dict(type=int), rows=dict(nargs='*'))
+    add('plan', 'say what will run, and how long it will take', scale={}, seeds=dict(type=int), rows=dict(nargs='*'), **{'--jobs': dict(type=int, default=2)})
     add('pack', 'draw or find faces and pack them', faces={}, n_faces=dict(type=int), size=dict(type=int))
     add('launch', 'run one row', name={})
     add('keep', 'copy the network of a run to data/weights', name={})
@@ -200,7 +205,7 @@ def main(
     a = p.parse_args(args)
     try:
         match a.do:
-            case 'plan': say_plan(a.scale, a.seeds, a.rows or None)
+            case 'plan': say_plan(a.scale, a.seeds, a.rows or None, a.jobs)
             case 'pack': pack(a.faces, a.n_faces, a.size)
             case 'launch': launch(a.name)
             case 'keep': print(keep(a.name).relative_to(root()))

@@ -47,7 +47,7 @@ def test_rows_without_faces_are_left_out_and_named(home, capsys, monkeypatch):
     study.main(['plan', 'laptop', '1'])
     out = capsys.readouterr().out
     drawn = [r for r in rows.RUNS.values() if r.params.get('faces', 'toy').startswith('toy') and 'laptop' in r.scales]
-    assert f'{len(drawn)} runs' in out and 'left out' in out and 'unet-celeba64' in out
+    assert f'{len(drawn)} of {len(drawn)} runs' in out and 'left out' in out and 'unet-celeba64' in out
     (home/'celeba64').mkdir(); monkeypatch.setenv('FACEGEN_FACES', str(home))
     assert 'unet-celeba64-laptop-s0' in rows.names('laptop')
     with pytest.raises(FileNotFoundError, match='FACEGEN_FACES'): rows.find_faces('celeba65')
