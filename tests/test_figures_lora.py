@@ -46,12 +46,12 @@ def arms(base=4., full=.6, uncond=.9, lora=.5, ba=.8):
 def test_lora_says_whether_it_helps_and_whether_attributes_help_more(home):
     with pytest.raises(ValueError, match="no results of row 'zero-shot'"): drawn('47_fig_lora', home)
     arms(); a, text = drawn('47_fig_lora', home)
-    assert text.startswith('Yes, it helps, and it helps more with attributes. Distance, base -> LoRA: 4.00 -> 0.50') and 'What attributes do buy is obedience' in text
+    assert text.startswith('Yes, it helps, and it helps more with attributes. Distance, base -> LoRA: 4.00 -> 0.50') and 'With attributes it also listens' in text
     assert drawn('47_fig_lora', home)[0] == a and len(a) > 20_000
     arms(lora=.9, ba=.5); text = drawn('47_fig_lora', home)[1]
     assert 'Yes, it helps, and no difference between with and without attributes is shown' in text and 'Nor is it shown to listen better' in text
     arms(lora=5., ba=.4); text = drawn('47_fig_lora', home)[1]
-    assert text.startswith('No, it harms, and with attributes it is farther') and 'It even listens less' in text
+    assert text.startswith('No, it harms, and with attributes it is farther') and 'With attributes it even listens less' in text
     arms(base=.5, lora=.5); assert drawn('47_fig_lora', home)[1].startswith('It is not shown to help')
     made_up('lora-silent', .7, asked='published'); made_up('zero-shot-uncond', 4.2)
     assert drawn('47_fig_lora', home)[0] != a
