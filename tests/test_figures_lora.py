@@ -62,9 +62,11 @@ def test_thin_names_the_thinnest_rank_that_is_enough(home):
     with pytest.raises(ValueError, match="no results of row 'lora-r1' or"): drawn('48_fig_ranks', home)
     for row, k in (('lora-r1', 1.5), ('lora-r2', .55), ('lora-r16', .5), ('lora-x1', .9), ('lora-x6', .7)): made_up(row, k)
     a, text = drawn('48_fig_ranks', home)
-    assert text.startswith('Rank 2 is enough: 0.8 % of the denoiser') and 'Rank 1 against nothing trained: 4.00 -> 1.50' in text and '84 % lies in the first 4 directions' in text
+    assert text.startswith('Rank 2 is thin enough: 0.8 % of the denoiser') and 'Even rank 1 (0.4 % of the denoiser) goes a long way from nothing trained, 4.00 -> 1.50' in text and '84 % lies in the first 4 directions' in text
     assert drawn('48_fig_ranks', home)[0] == a
-    made_up('lora-r1', .5); assert drawn('48_fig_ranks', home)[1].startswith('Rank 1 is enough')
+    made_up('lora-r1', .5); assert drawn('48_fig_ranks', home)[1].startswith('Rank 1 is thin enough')
+    for row in ('lora-r1', 'lora-r2'): made_up(row, 1.5)
+    assert drawn('48_fig_ranks', home)[1].startswith('Thinner than rank 4 costs: rank 4 -> 2, +1.00')
 
 
 def test_strength_shows_every_strength_of_both_adapters(home):
