@@ -17,8 +17,7 @@ from .clues import HIDDEN
 from .control import look
 from .core import generator, result_path
 from .crowds import crowds
-from .edits import sides
-from .faces import ATTRIBUTES, PARTS
+from .faces import ATTRIBUTES
 from .saving import read_tensors, write_tensors
 from .scores import balanced_accuracy, confusion
 
