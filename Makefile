@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MPLBACKEND ?= agg
 TORCH  := $(shell sed -n 's/^requirements *=.*\(torch==[^ ]*\).*/\1/p' settings.ini | head -n 1)
-SNAKE  := snakemake --keep-going --rerun-incomplete --quiet rules host
+SNAKE  := snakemake
 
 .PHONY: help setup demo study figures notebooks lab test export table clean
 
@@ -35,7 +35,7 @@ study: setup  ## run every row of the study at SCALE with SEEDS seeds, then the 
 	@$(BIN)/facegen table $(SCALE)
 
 figures: setup  ## draw every figure again from data/results
-	@$(BIN)/facegen figures $(SCALE)
+	@$(BIN)/facegen figures $(SCALE) --jobs $(JOBS)
 
 table: setup  ## print the table of results
 	@$(BIN)/facegen table $(SCALE)
@@ -51,7 +51,7 @@ export: setup  ## write facegen/ from nbs/ and clean the notebooks
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean
 
 test: setup  ## run every test and every notebook
-	@$(BIN)/pytest -n $(JOBS) --durations=8 --nbmake --nbmake-timeout=600 tests nbs
+	@$(BIN)/pytest -n $(JOBS) --durations=8 tests
 
 clean:  ## delete what runs made (packed faces, weights, executed notebooks); keep committed results
 	rm -rf data/faces data/latents data/runs .snakemake data/results/_* data/gallery/_* figures/_*

@@ -1,27 +1,28 @@
 # The study as a graph: faces -> judges -> generators -> figures. Rows, scales and names live in `facegen.rows`.
-#   snakemake -c2 -k --config scale=laptop seeds=3 -- study
-#   snakemake -c3 -k --config scale=laptop demo=1 -- demo     (judges from data/weights)
+#   snakemake -c2 --config scale=laptop seeds=3 -- study
+#   snakemake -c3 --config scale=laptop demo=1 -- demo     (judges from data/weights)
 #   snakemake --profile profiles/slurm --config scale=gpu seeds=3 -- study
 import os
 from facegen.rows import DEMO, FIGURES, default_params, fingerprint, job, names
-from facegen.study import drawable, figure_name, pack_path
+from facegen.kernels import warm
+from facegen.study import drawable, figure_name, main, pack_path
 
 SCALE, SEEDS, SHORT = config.get('scale', 'laptop'), int(config.get('seeds', 1)), bool(int(config.get('demo', 0)))
 STUDY, SHOWN = names(SCALE, SEEDS), names(SCALE, SEEDS, DEMO)
 PICTURES = [f'figures/{figure_name(FIGURES[f], SCALE)}.png' for f in (drawable(SCALE, DEMO) if SHORT else FIGURES)]
 
 def faces(run):
-    "The packed faces that a run starts from"
+    "The packed faces that a run starts from, if it needs any"
     p = {**default_params(job(run)['notebook']), **job(run)['params']}
-    return p['faces'], p['n_faces'], p['size']
+    return [(p['faces'], p['n_faces'], p['size'])] if 'faces' in p else []
 
 def done(names): return [f for n in names for f in (f'data/results/{n}.json', f'data/runs/{n}/done')]
 
 def kept(name): return SHORT and os.path.isdir(f'data/weights/{name}')
 
-def needs(w): return [PACKED[faces(w.run)], *done(n for n in job(w.run)['needs'] if not kept(n))]
+def needs(w): return [*(PACKED[f] for f in faces(w.run)), *done(n for n in job(w.run)['needs'] if not kept(n))]
 
-PACKED = {f: str(pack_path(*f).relative_to(pack_path(*f).parents[2])/'faces.json') for f in {faces(n) for n in STUDY + SHOWN}}
+PACKED = {f: str(pack_path(*f).relative_to(pack_path(*f).parents[2])/'faces.json') for f in {f for n in STUDY + SHOWN for f in faces(n)}}
 BY_PATH = {v: k for k, v in PACKED.items()}
 
 localrules: demo, study
@@ -34,9 +35,9 @@ rule study:
 
 rule faces:
     output: 'data/faces/{pack}/faces.json'
-    params: what=lambda w, output: '{} {} {}'.format(*BY_PATH[str(output)])
+    params: what=lambda w, output: [*map(str, BY_PATH[str(output)])]
     threads: 2
-    shell: 'facegen pack {params.what}'
+    run: warm(main, ['pack', *params.what])
 
 rule row:
     input: needs
@@ -44,10 +45,10 @@ rule row:
     log: notebook='data/runs/{run}/{run}.ipynb'
     params: fingerprint=lambda w: fingerprint(w.run)
     threads: 1
-    shell: 'facegen launch {wildcards.run}'
+    run: warm(main, ['launch', wildcards.run])
 
 rule figure:
     input: done(SHOWN if SHORT else STUDY)
     output: 'figures/{name}.png'
     params: notebook=lambda w: next(k for k, v in FIGURES.items() if figure_name(v, SCALE) == w.name)
-    shell: 'facegen draw {params.notebook} {SCALE}'
+    run: warm(main, ['draw', params.notebook, SCALE])

@@ -90,12 +90,13 @@ GPU = 20.  # TFLOPs a second that one GPU is assumed to sustain
 def cost_table(
     scale:str='laptop', # Scale whose results say what was measured
     rows=tuple(RUNS),   # Which rows
+    cost=training_cost, # (row, scale) -> dict or None, e.g. from counts that were made before
 )->pd.DataFrame:        # One line a row
     "Say what every row costs here, on one GPU, and at the paper's scale"
     r = results(scale); took = r.drop_duplicates('run').groupby('row').seconds.mean() if len(r) else {}
     lines = []
     for row in rows:
-        here, gpu, paper = (training_cost(row, s) for s in (scale, 'gpu', 'paper'))
+        here, gpu, paper = (cost(row, s) for s in (scale, 'gpu', 'paper'))
         if here is None: continue
         hours = lambda c: None if c is None else c['tflops']/GPU/3600
         lines.append({'row': row, 'weights, M': here['parameters']/1e6, 'TFLOPs': here['tflops'], 's here': took.get(row),

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .core import generator, progress
+from .core import generator, progress, resamples
 from .crowds import crowds, features, frechet, kernel, lowrank
 from .show import to_uint8
 
@@ -21,11 +21,11 @@ def interval(
     distance,      # What to measure, e.g. `lowrank` or `kernel`
     a:Tensor,      # First crowd, (n,d), n of 4 or more
     b:Tensor,      # Second crowd, (m,d), m of 4 or more
-    boots:int=200, # Random halves
+    boots:int=None,# Random halves; None takes `core.resamples`
     seed:int=0,    # Names the halves
 )->tuple:          # (low, high), about 95 % for what this n gives on average
     "Put 1.96 standard errors, from halves without replacement, around the distance"
-    a, b = crowds(a, b)
+    boots, (a, b) = boots or resamples(), crowds(a, b)
     if min(len(a), len(b)) < 4 or boots < 2: raise ValueError(f'an interval needs 4 images a crowd and 2 halves, got {len(a)}, {len(b)} and {boots}: pass more')
     g = generator('halves', seed)
     def half(x): return x[torch.randperm(len(x), generator=g)[:len(x)//2]]
@@ -58,7 +58,7 @@ def distances(
     net:nn.Module,     # Eye, see `features`
     name:str,          # What the eye is called in the record
     seed:int=0,        # Names halves and choices
-    boots:int=200,     # Halves an interval
+    boots:int=None,    # Halves an interval; None takes `core.resamples`
     recon=None,        # `other` through the autoencoder and back, for latent models
 )->list:               # Two records for `save_result`
     "Measure samples against real faces by both distances, with interval, floor and ceiling"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torchmetrics.functional.classification import multilabel_average_precision
 
-from .core import generator
+from .core import generator, resamples
 from .faces import ATTRIBUTES, PARTS
 from .judges import Classifier, Parser, resize
 
@@ -43,12 +43,12 @@ def iou(
 def bootstrap(
     stat,          # Takes row numbers (n,), returns a number
     n:int,         # How many rows there are
-    boots:int=200, # Resamples
+    boots:int=None,# Resamples; None takes `core.resamples`
     seed:int=0,    # Names the resamples
 )->tuple:          # (low, high), the middle 95 %
     "Percentile interval of `stat` over resampled rows"
     g = generator('bootstrap', seed)
-    values = [float(stat(torch.randint(n, (n,), generator=g))) for _ in range(boots)]
+    values = [float(stat(torch.randint(n, (n,), generator=g))) for _ in range(boots or resamples())]
     return tuple(np.nanpercentile(values, [2.5, 97.5]).tolist())
 
 # %% ../nbs/20_scores.ipynb #64e3a70d

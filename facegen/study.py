@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['pack_path', 'pack', 'from_weights', 'keep', 'shown', 'execute', 'launch', 'results', 'table', 'figure_name',
-           'drawable', 'draw', 'say_plan', 'print_table', 'main']
+           'drawable', 'draw', 'draw_all', 'say_plan', 'print_table', 'main']
 
 # %% ../nbs/23_study.ipynb #8891ad29
 import argparse, os, re, shutil, sys, threading, time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pandas as pd
 
 from .core import load_result, result_path, root
+from .kernels import Kernel, Manager, forks, warm
 from .pace import expected, pace
 from .rows import FIGURES, RUNS, SHOWS, find_faces, job, names, notebook_path, parse_name, run_name, unknown_params
 
@@ -99,8 +101,9 @@ def execute(
     if bad: raise ValueError(f"{notebook} has no parameter {', '.join(bad)}: correct the row or the scale in `study`")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with shown(out.with_suffix('.progress'), label):
-            papermill.execute_notebook(str(notebook_path(notebook)), str(out), params, kernel_name='python3', progress_bar=False,
+        Manager.waiting = Kernel() if forks() else None  # before there are threads
+        with Manager.waiting or nullcontext(), shown(out.with_suffix('.progress'), label):
+            papermill.execute_notebook(str(notebook_path(notebook)), str(out), params, kernel_name='python3', kernel_manager_class=Manager, progress_bar=False,
                                        cwd=str(root()), extra_arguments=['--IPKernelApp.log_level=50'])
     except papermill.PapermillExecutionError as e:
         raise RuntimeError(f'{label} failed with {e.ename}: {e.evalue}. The executed notebook with its traceback is {out}') from None
@@ -169,6 +172,15 @@ def draw(
     execute(notebook, root()/'data'/'runs'/'_figures'/f'{notebook}-{scale}.ipynb', dict(scale=scale), notebook)
     return root()/'figures'/f'{figure_name(FIGURES[notebook], scale)}.png'
 
+def draw_all(
+    scale:str,  # A key of SCALES
+    jobs:int=2, # How many at a time
+)->list:        # The figures
+    "Run every figure notebook whose rows have results"
+    found = drawable(scale)
+    with ThreadPoolExecutor(jobs) as pool: list(pool.map(lambda f: warm(draw, f, scale), found))
+    return [root()/'figures'/f'{figure_name(FIGURES[f], scale)}.png' for f in found]
+
 # %% ../nbs/23_study.ipynb #dfc97d3c
 def say_plan(scale, seeds, rows, jobs=2):
     "Print what will run, and how long that will take on this machine"
@@ -200,7 +212,7 @@ def main(
     add('launch', 'run one row', name={})
     add('keep', 'copy the network of a run to data/weights', name={})
     add('draw', 'draw one figure', notebook=dict(choices=list(FIGURES)), scale={})
-    add('figures', 'draw all figures', scale={})
+    add('figures', 'draw all figures', scale={}, **{'--jobs': dict(type=int, default=2)})
     add('table', 'print the results', scale={}, rows=dict(nargs='*'))
     a = p.parse_args(args)
     try:
@@ -210,6 +222,6 @@ def main(
             case 'launch': launch(a.name)
             case 'keep': print(keep(a.name).relative_to(root()))
             case 'draw': draw(a.notebook, a.scale)
-            case 'figures': print('\n'.join(str(draw(f, a.scale).relative_to(root())) for f in drawable(a.scale)))
+            case 'figures': print('\n'.join(str(f.relative_to(root())) for f in draw_all(a.scale, a.jobs)))
             case 'table': print_table(a.scale, a.rows)
     except (ValueError, RuntimeError, FileNotFoundError) as e: sys.exit(f'facegen: {e}')

@@ -9,14 +9,15 @@ import pytest
 
 def run_cells(notebook, **params):
     "Run a notebook's code here, which is quicker than in a kernel; returns all that was printed, and its names"
-    from facegen import rows, show
+    from facegen import core, rows, show
+    before = core.resamples()
     show.plt.switch_backend('agg'); out, names = io.StringIO(), {}
     with contextlib.redirect_stdout(out):
         for c in json.loads(rows.notebook_path(notebook).read_text())['cells']:
             if c['cell_type'] != 'code': continue
             exec(''.join(c['source']), names)
             if 'parameters' in c['metadata'].get('tags', []): names |= params
-    show.plt.close('all')
+    show.plt.close('all'); core.resamples(before)
     return out.getvalue(), names
 
 

@@ -1,0 +1,68 @@
+"""A forked kernel is a kernel: the same numbers, its own process, gone when nobody needs it."""
+import os, signal, subprocess, sys, time
+
+import nbformat, pytest
+
+from facegen import kernels
+
+pytestmark = pytest.mark.skipif(not kernels.forks(), reason='kernels are forked on Linux only')
+CODE = 'import os, random, numpy, torch; from facegen.core import seed_all; seed_all(3); print(os.getpid(), random.random(), numpy.random.rand(), torch.randn(2, 3))'
+ASK = f'''
+import nbformat, os, sys
+from nbclient import NotebookClient
+from facegen.kernels import Kernel, Manager
+import facegen.core
+def said(manager, code={CODE!r}):
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    NotebookClient(nb, kernel_manager_class=manager).execute(); return nb.cells[0].outputs[0].text
+'''
+
+
+def ask(code, **kw): return subprocess.run([sys.executable, '-c', ASK + code], capture_output=True, text=True, check=True, **kw).stdout
+
+
+def gone(pid):
+    try: os.kill(pid, 0); return False
+    except ProcessLookupError: return True
+
+
+def test_a_forked_kernel_gives_the_numbers_of_a_started_one():
+    "Also after the process has drawn numbers of its own, since a run sets its seed"
+    out = ask('''
+import random, torch; random.random(); torch.randn(5)
+with Kernel() as k:
+    Manager.waiting = k; forked = said(Manager); assert Manager.waiting is None
+started = said(Manager)
+(a, x), (b, y) = (s.split(' ', 1) for s in (forked, started))
+assert int(a) == k.pid and a != b and x == y, (forked, started)
+print(k.pid)''')
+    assert gone(int(out))
+
+
+def test_a_kernel_that_nobody_told_anything_ends():
+    with kernels.Kernel() as k: assert k.poll() is None
+    assert k.poll() == 0 and gone(k.pid)
+
+
+def test_a_kernel_ends_with_the_process_that_asked_for_it():
+    "SIGKILL leaves no time to say goodbye"
+    code = 'import os, time; print(os.getpid(), flush=True); open({!r}, "w").write(str(os.getpid())); time.sleep(600)'
+    path = f'/tmp/facegen-kernel-{os.getpid()}'
+    p = subprocess.Popen([sys.executable, '-c', ASK + f'''
+with Kernel() as k: Manager.waiting = k; said(Manager, {code.format(path)!r})'''], stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 120
+        while not (os.path.exists(path) and open(path).read()) and time.monotonic() < until: time.sleep(.1)
+        kernel = int(open(path).read()); p.send_signal(signal.SIGKILL); p.wait()
+        while not gone(kernel) and time.monotonic() < until: time.sleep(.1)
+        assert gone(kernel)
+    finally: p.kill(); os.unlink(path)
+
+
+def test_warm_runs_elsewhere_and_passes_failure_on(tmp_path, capfd):
+    kernels.warm(os.mkdir, str(tmp_path/'made')); assert (tmp_path/'made').is_dir()
+    with pytest.raises(RuntimeError, match='mkdir'): kernels.warm(os.mkdir, str(tmp_path/'made'))
+    assert 'FileExistsError' in capfd.readouterr().err
+
+
+def test_the_server_imports_every_module(): assert {'facegen.core', 'facegen.study', 'facegen.kernels'} <= set(kernels.imports())
