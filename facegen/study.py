@@ -178,7 +178,7 @@ def draw_all(
 )->list:        # The figures
     "Run every figure notebook whose rows have results"
     found = drawable(scale)
-    with ThreadPoolExecutor(jobs) as pool: list(pool.map(lambda f: warm(draw, f, scale), found))
+    with ThreadPoolExecutor(jobs) as pool: list(pool.map(lambda f: warm(main, ['draw', f, scale]), found))
     return [root()/'figures'/f'{figure_name(FIGURES[f], scale)}.png' for f in found]
 
 # %% ../nbs/23_study.ipynb #dfc97d3c
