@@ -12,14 +12,14 @@ from torch import nn
 
 from facegen import saving
 from facegen.faces import Face
-from facegen.kernels import server
 from facegen.loss import diffusion_loss
 from facegen.noise import make_scheduler
 from facegen.plan import TrainConfig
 from facegen.training import train
 
 TRIALS, STEPS = 20, 24
-CONTEXT = server()
+CONTEXT = multiprocessing.get_context('forkserver')
+CONTEXT.set_forkserver_preload(['pytest', 'diffusers', 'facegen.training', 'diffusers.models.unets.unet_2d'])
 
 
 class Net(nn.Module):
