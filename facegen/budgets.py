@@ -22,7 +22,7 @@ LADDER = ('ddpm 1000, ddpm 250, ddpm 100, ddpm 50, ddim 5, ddim 10, ddim 20, ddi
 SCALES = {
     'smoke': {   # a few steps, to see that everything is connected
         'latent': dict(network='smoke_latent'), 'latent-0.18215': dict(network='smoke_latent'),
-        '30_run_judges': dict(steps=8, tested=100), '31_run_autoencoder': dict(steps=8), '32_run_unconditional': dict(steps=6, sampling_steps=4),
+        '30_run_judges': dict(steps=8, tested=100), '31_run_autoencoder': dict(steps=8), '32_run_unconditional': dict(sampling_steps=4),
         '33_run_conditional': dict(steps=6, sampling_steps=4), '33_run_guidance': dict(sampling_steps=4), '34_run_stable': dict(face_steps=6, steps=6, sampling_steps=4),
         '34_run_lora': dict(steps=4, sampling_steps=2),
         **{f'r{i}{few}': dict(steps=2, evals=1, samples=4, sampling_steps=2) for i in range(7) for few in ('', '-few')}},
