@@ -22,10 +22,9 @@ LADDER = ('ddpm 1000, ddpm 250, ddpm 100, ddpm 50, ddim 5, ddim 10, ddim 20, ddi
 SCALES = {
     'smoke': {   # a few steps, to see that everything is connected
         'latent': dict(network='smoke_latent'), 'latent-0.18215': dict(network='smoke_latent'),
-        '30_run_judges': dict(steps=8, tested=100), '31_run_autoencoder': dict(steps=8), '32_run_unconditional': dict(sampling_steps=4),
+        '30_run_judges': dict(steps=8, tested=100), '31_run_autoencoder': dict(steps=8),
         '33_run_conditional': dict(steps=6, sampling_steps=4), '33_run_guidance': dict(sampling_steps=4), '34_run_stable': dict(face_steps=6, steps=6, sampling_steps=4),
-        '34_run_lora': dict(steps=4, sampling_steps=2),
-        **{f'r{i}{few}': dict(steps=2, evals=1, samples=4, sampling_steps=2) for i in range(7) for few in ('', '-few')}},
+        '34_run_lora': dict(steps=4, sampling_steps=2)},
     'laptop': {  # two CPU cores, minutes a row: drawn faces, 32 px folded to a 16x16 grid
         '30_run_judges': dict(n_faces=20000, size=64, steps=1500, batch=40, lr=2e-3), 'parser': PARSER, 'parser-pairs128': PARSER,
         'classifier32': JUDGE32, 'parser32': PARSER32, 'classifier-mixed': JUDGE32 | dict(steps=4000),
