@@ -9,7 +9,6 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MPLBACKEND ?= agg
 TORCH  := $(shell sed -n 's/^requirements *=.*\(torch==[^ ]*\).*/\1/p' settings.ini | head -n 1)
-SNAKE  := snakemake
 
 .PHONY: help setup demo study figures notebooks lab test export table clean
 
@@ -26,12 +25,12 @@ setup: .venv/ready  ## make the virtual environment (about 2 GB)
 
 demo: setup  ## three ways of telling a denoiser what to draw: draw faces, train, measure, draw the figures, print the table
 	@$(BIN)/facegen plan $(SCALE) 1 attrs published spatial+guided --jobs 3
-	@$(SNAKE) --cores 3 --config scale=$(SCALE) seeds=1 demo=1 -- demo
+	@snakemake --cores 3 --config scale=$(SCALE) seeds=1 demo=1 -- demo
 	@$(BIN)/facegen table $(SCALE) attrs published spatial+guided
 
 study: setup  ## run every row of the study at SCALE with SEEDS seeds, then the figures
 	@$(BIN)/facegen plan $(SCALE) $(SEEDS) --jobs $(JOBS)
-	@$(SNAKE) --cores $(JOBS) --config scale=$(SCALE) seeds=$(SEEDS) -- study
+	@snakemake --cores $(JOBS) --config scale=$(SCALE) seeds=$(SEEDS) -- study
 	@$(BIN)/facegen table $(SCALE)
 
 figures: setup  ## draw every figure again from data/results

@@ -9,13 +9,13 @@ __all__ = ['pack_path', 'pack', 'from_weights', 'keep', 'shown', 'execute', 'lau
 # %% ../nbs/23_study.ipynb #8891ad29
 import argparse, os, re, shutil, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 
 from .core import load_result, result_path, root
-from .kernels import Kernel, Manager, forks, warm
+from .kernels import Manager, forked, warm
 from .pace import expected, pace
 from .rows import FIGURES, RUNS, SHOWS, find_faces, job, names, notebook_path, parse_name, run_name, unknown_params
 
@@ -101,8 +101,7 @@ def execute(
     if bad: raise ValueError(f"{notebook} has no parameter {', '.join(bad)}: correct the row or the scale in `study`")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        Manager.waiting = Kernel() if forks() else None  # before there are threads
-        with Manager.waiting or nullcontext(), shown(out.with_suffix('.progress'), label):
+        with forked(), shown(out.with_suffix('.progress'), label):
             papermill.execute_notebook(str(notebook_path(notebook)), str(out), params, kernel_name='python3', kernel_manager_class=Manager, progress_bar=False,
                                        cwd=str(root()), extra_arguments=['--IPKernelApp.log_level=50'])
     except papermill.PapermillExecutionError as e:

@@ -4,15 +4,13 @@ from pathlib import Path
 import nbformat, pytest
 from nbclient import NotebookClient
 
-from facegen.kernels import Kernel, Manager, forks, warm
+from facegen.kernels import Manager, forked, warm
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1]/'nbs').glob('*.ipynb'))
 
 
 def run_all(path):
-    from contextlib import nullcontext
-    Manager.waiting = Kernel() if forks() else None
-    with Manager.waiting or nullcontext():
+    with forked():
         NotebookClient(nbformat.read(path, 4), kernel_manager_class=Manager, timeout=600, resources={'metadata': {'path': str(path.parent)}}).execute()
 
 
