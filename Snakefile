@@ -14,8 +14,9 @@ PICTURES = [f'figures/{figure_name(FIGURES[f], SCALE)}.png' for f in (drawable(S
 def faces(run):
     "The packed faces that a run starts from, if it needs any"
     p = {**default_params(job(run)['notebook']), **job(run)['params']}
-    sizes = {p['size'], max(64, p['size'])} if p.get('parsed_by') else {p['size']}  # the parser that gives masks looks at 64 px
-    return [(p['faces'], p['n_faces'], s) for s in sorted(sizes)] if 'faces' in p else []
+    if 'faces' not in p: return []
+    sizes = {p['size'], *([max(64, p['size'])] if p.get('parsed_by') else [])}  # the parser that gives masks looks at 64 px
+    return [(p['faces'], p['n_faces'], s) for s in sorted(sizes)]
 
 def done(names): return [f for n in names for f in (f'data/results/{n}.json', f'data/runs/{n}/done')]
 
