@@ -5,9 +5,6 @@
 # %% auto #0
 __all__ = ['ARMS', 'RANKS', 'LOUDNESS', 'TIMES', 'adapting', 'adapted']
 
-# %% ../nbs/23_adaptation.ipynb #86ed3ab4
-from .prompts import SCHEMES
-
 # %% ../nbs/23_adaptation.ipynb #2890d59c
 ARMS = {  # row -> arguments at every scale
     'zero-shot': dict(method='none'), 'zero-shot-uncond': dict(method='none', told='empty'),

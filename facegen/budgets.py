@@ -24,7 +24,8 @@ SCALES = {
         'latent': dict(network='smoke_latent'), 'latent-0.18215': dict(network='smoke_latent'),
         '30_run_judges': dict(steps=8, tested=100), '31_run_autoencoder': dict(steps=8),
         '33_run_conditional': dict(steps=6, sampling_steps=4), '33_run_guidance': dict(sampling_steps=4), '34_run_stable': dict(face_steps=6, steps=6, sampling_steps=4),
-        '34_run_lora': dict(steps=4, sampling_steps=2)},
+        '34_run_lora': dict(steps=4, sampling_steps=2),
+        **{f'{row}-celeba64': dict(at_most=400) for row in ('unet', 'dit-s', 'dit-l', 'attrs', 'published', 'spatial+guided')}},
     'laptop': {  # two CPU cores, minutes a row: drawn faces, 32 px folded to a 16x16 grid
         '30_run_judges': dict(n_faces=20000, size=64, steps=1500, batch=40, lr=2e-3), 'parser': PARSER, 'parser-pairs128': PARSER,
         'classifier32': JUDGE32, 'parser32': PARSER32, 'classifier-mixed': JUDGE32 | dict(steps=4000),

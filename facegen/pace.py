@@ -12,7 +12,6 @@ from statistics import median
 import torch
 
 from .core import load_result, result_path
-from .unet import make_unet
 
 # %% ../nbs/23_pace.ipynb #67c68b08
 def pace(
@@ -23,6 +22,7 @@ def pace(
     if not result_path(run).exists(): return 1.
     p = load_result(run)['params']
     if not p.get('training_seconds'): return 1.
+    from facegen.unet import make_unet  # here, since plans without a result need not wait for it
     model, x, t, taken = make_unet(p['network'], p['size']), torch.randn(p['batch'], 3, p['size'], p['size']), torch.zeros(p['batch'], dtype=torch.int64), []
     for _ in range(tries + 1):
         start = time.perf_counter(); model(x, t).square().mean().backward(); taken.append(time.perf_counter() - start)

@@ -74,8 +74,8 @@ UNETS = dict(
     laptop=dict(  widths=(32, 64, 96),                    down='DAD',    layers=1, adagn=True, head_dim=32, groups=16, fold=2),
     gpu=dict(     widths=(128, 256, 256),                 down='DAA',    layers=2, adagn=True, head_dim=64, fold=2),
     smoke=dict(   widths=(16, 16),                        down='DA',     layers=1, head_dim=8, groups=8, fold=2))
-UNETS |= {f'{k}/8': row | dict(widths=tuple(w//8 for w in row['widths']), groups=4, head_dim=20 if 'head_dim' in row else 8)
-          for k, row in UNETS.items() if 'fold' not in row}
+UNETS |= {f'{k}/{n}': row | dict(widths=tuple(w//n for w in row['widths']), groups=32//n, head_dim=(160 if 'head_dim' in row else 64)//n)
+          for n in (8, 32) for k, row in UNETS.items() if 'fold' not in row}
 
 # %% ../nbs/06_unet.ipynb #6165d80e
 def make_unet(
