@@ -10,8 +10,8 @@ NETWORKS = {  # row -> backbone, and the network at each scale
     'unet':  ('unet', dict(laptop='laptop', gpu='gpu', paper='baseline')),
     'dit-s': ('dit', dict(laptop='laptop_s', gpu='gpu_s', paper='small')),
     'dit-l': ('dit', dict(laptop='laptop_l', gpu='gpu_l', paper='large')),
-    'r0':    ('unet', dict(smoke='baseline/32', laptop='baseline/8', gpu='baseline', paper='baseline')),  # what r1 to r6 vary
-    **{f'r{i}': ('unet', dict(smoke=f'r{i}/32', laptop=f'r{i}/8', gpu=f'r{i}', paper=f'r{i}')) for i in range(1, 7)}}
+    'r0':    ('unet', dict(smoke='baseline/smoke', laptop='baseline/8', gpu='baseline', paper='baseline')),  # what r1 to r6 vary
+    **{f'r{i}': ('unet', dict(smoke=f'r{i}/smoke', laptop=f'r{i}/8', gpu=f'r{i}', paper=f'r{i}')) for i in range(1, 7)}}
 
 # %% ../nbs/23_benchmark.ipynb #26b14464
 LEARNING_RATES = {'lr-lowest': 1/80, 'lr-low': 1/8, 'lr-high': 2.5}  # times the scale's own

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'root', 'generator', 'seed_all', 'resamples', 'device', 'live', 'progress', 'tqdm_file', 'write_atomic',
-           'result_problems', 'peak_memory', 'environment', 'result_path', 'save_result', 'load_result']
+           'result_problems', 'peak_memory', 'step_seconds', 'environment', 'result_path', 'save_result', 'load_result']
 
 # %% ../nbs/00_core.ipynb #100a42cd
 import hashlib, json, math, os, platform, random, resource, subprocess, sys, time
@@ -124,9 +124,21 @@ def peak_memory(
     if torch.cuda.is_available() if gpu is None else gpu: return torch.cuda.max_memory_allocated()/1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)/1e6
 
+def step_seconds(
+    tries:int=5, # The median of so many counts
+)->float:        # Seconds
+    "Time one training step of a small network that is always the same: convolution, attention, a linear layer, forward and back"
+    with torch.random.fork_rng(devices=()):  # what a program draws afterwards does not depend on it
+        conv, mix = torch.nn.Conv2d(64, 64, 3, padding=1).to(device()), torch.nn.TransformerEncoderLayer(64, 4, 256, dropout=0., batch_first=True).to(device())
+    x, taken = torch.ones(8, 64, 16, 16, device=device()), []
+    for _ in range(tries + 1):
+        start = time.perf_counter(); mix(conv(x).flatten(2).mT).square().mean().backward()
+        float(conv.bias.grad.sum()); taken.append(time.perf_counter() - start)  # a GPU is waited for
+    return sorted(taken[1:])[tries//2]
+
 def environment(
     seconds:float=None, # How long the run took
-)->dict:                # Versions, device, threads, commit, seconds, peak memory in MB
+)->dict:                # Versions, device, threads, commit, seconds, seconds of a step (see `step_seconds`), peak memory in MB
     "Describe where a result was made"
     def have(lib):
         try: return version(lib)
@@ -138,7 +150,7 @@ def environment(
         **{lib: have(lib) for lib in ('torch', 'diffusers', 'transformers', 'accelerate', 'torchmetrics', 'numpy')},
         device=torch.cuda.get_device_name() if cuda else device().type, threads=torch.get_num_threads(),
         commit=git('rev-parse', 'HEAD') or None, changed=bool(git('status', '--porcelain', '--', 'nbs', 'facegen')),
-        seconds=None if seconds is None else round(seconds, 1), peak_mb=round(peak_memory(gpu=False)),
+        seconds=None if seconds is None else round(seconds, 1), step_seconds=None if seconds is None else round(step_seconds(), 5), peak_mb=round(peak_memory(gpu=False)),
         peak_gpu_mb=round(peak_memory(gpu=True)) if cuda else None)
 
 # %% ../nbs/00_core.ipynb #78151b66

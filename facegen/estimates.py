@@ -17,14 +17,13 @@ from torch import nn
 from .autoencoder import make_autoencoder, fold_of
 from .conditional import make_denoiser
 from .cost import cost_of
-from .dit import make_dit
+from .dit import BACKBONES
 from .judges import Classifier, Parser
 from .lora import add_lora
 from .rows import RUNS, SCALES, default_params, job, run_name
 from .stable import SD2, Reading, Told, UNet2DConditionModel, make_stable
 from .study import results
 from .tellers import Cond
-from .unet import make_unet
 
 # %% ../nbs/24_estimates.ipynb #c67462bc
 class Through(nn.Module):
@@ -43,7 +42,7 @@ def autoencoder_of(scale, widths, factor, channels, codes, layers, size):
     m = make_autoencoder(tuple(map(int, widths.split())), factor, channels, codes, layers)
     return [(Through(m), (_zeros(m.config.in_channels, size//fold_of(m)),))]
 
-def unconditional_of(scale, backbone, network, size): return [({'unet': make_unet, 'dit': make_dit}[backbone](network, size), (_zeros(3, size), TIME))]
+def unconditional_of(scale, backbone, network, size): return [(BACKBONES[backbone](network, size), (_zeros(3, size), TIME))]
 
 def conditional_of(scale, network, told, nce, size):
     m = make_denoiser(network, told, size, looks=nce == 'image'); c = m.config

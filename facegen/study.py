@@ -184,10 +184,9 @@ def draw_all(
 def say_plan(scale, seeds, rows, jobs=2):
     "Print what will run, and how long that will take on this machine"
     every = names(scale, seeds, rows); todo = [n for n in every if not (root()/'data'/'runs'/n/'done').exists()]
-    seconds, new, unknown = expected({n: parse_name(n)[0].notebook for n in todo}, {n: [run_name(parse_name(n)[0].name, scale, s) for s in range(10)] for n in todo})
+    seconds, new, unknown = expected(todo, {r: [run_name(r, scale, s) for s in range(10)] for r in RUNS}, {r: run.notebook for r, run in RUNS.items()}, pace(jobs)) if todo else (0, 0, 0)
     left_out = [r for r in RUNS if rows is None and scale in RUNS[r].scales and run_name(r, scale, 0) not in every]
-    slower = pace(run_name('unet', scale, 0)) if seconds else 1.
-    guess = f"about {seconds*slower/60/jobs:.0f} minutes, {jobs} at a time (measured elsewhere {seconds/60:.0f} minutes of one core; a step takes {slower:.2f} times as long here)"
+    guess = f"about {seconds/60/jobs:.0f} minutes, {jobs} at a time (what rows took where they were measured, stretched to this machine)"
     print(f"{len(todo)} of {len(every)} runs at scale {scale} are to be done" + (f': {guess}' if seconds else '') + (f'; {new} were never measured and count as others of their notebook' if new else '')
           + (f', {unknown} of them as nothing' if unknown else ''))
     if left_out: print(f"left out, since their faces were not found: {', '.join(left_out)} (set FACEGEN_FACES)")

@@ -1,7 +1,9 @@
 """A plan adds up what was measured, guesses the rest from its like, and says how much is a guess."""
+import json
 import pytest
+import torch
 from facegen import pace
-from facegen.core import save_result
+from facegen.core import load_result, result_path, save_result, step_seconds
 
 RECORD = dict(metric='x', value=1., n=4, low=None, high=None, floor=None, ceiling=None)
 
@@ -10,16 +12,35 @@ RECORD = dict(metric='x', value=1., n=4, low=None, high=None, floor=None, ceilin
 def home(tmp_path, monkeypatch): monkeypatch.setenv('FACEGEN_ROOT', str(tmp_path)); return tmp_path
 
 
+def measure(run, seconds, step=None):
+    "Leave a result that took `seconds`, with or without the length of a step"
+    save_result(run, {}, [RECORD], seconds); path = result_path(run); r = json.loads(path.read_text())
+    path.write_text(json.dumps(r | dict(env=r['env'] | dict(step_seconds=step))))
+
+
+def plan(*todo, here=1., **rows): return pace.expected(list(todo), rows, {r: r[0] for r in rows}, here)
+
+
 def test_what_was_measured_is_added_and_the_rest_counts_as_its_like():
-    save_result('a', {}, [RECORD], 100); save_result('b', {}, [RECORD], 300); save_result('e', {}, [RECORD], 7)
-    assert pace.expected(dict(a='x', b='x')) == (400, 0, 0)
-    assert pace.expected(dict(a='x', b='x', c='x')) == (600, 1, 0) and pace.expected(dict(a='x', z='y')) == (100, 1, 1)
-    assert pace.expected(dict(d='x'), {'d': ['e', 'f']}) == (7, 0, 0)  # another seed of the same row knows best
-    assert pace.expected({}) == (0, 0, 0)
+    measure('a', 100, 1.); measure('b', 300, 1.); measure('e', 7, 1.)
+    assert plan('a', 'b', x1=['a'], x2=['b']) == (400, 0, 0)
+    assert plan('a', 'b', 'c', x1=['a'], x2=['b'], x3=['c']) == (600, 1, 0) and plan('a', 'z', x1=['a'], y1=['z']) == (100, 1, 1)
+    assert plan('d', x1=['d', 'e', 'f']) == (7, 0, 0)  # another seed of the same row knows best
+    assert plan(x1=['a']) == (0, 0, 0)
 
 
-def test_the_pace_is_a_ratio_of_steps_and_one_where_nothing_is_known():
-    assert pace.pace('u') == 1.
-    save_result('u', dict(network='smoke', size=16, batch=2, training_seconds=1e-6, trained_for=10), [RECORD], 1); slow = pace.pace('u', 2)
-    save_result('u', dict(network='smoke', size=16, batch=2, training_seconds=1e6, trained_for=10), [RECORD], 1); assert slow > 1 > pace.pace('u', 2)
-    save_result('u', dict(network='smoke'), [RECORD], 1); assert pace.pace('u') == 1.
+def test_every_result_is_stretched_by_its_own_machine():
+    measure('fast', 10, .1); measure('slow', 40, .4)
+    assert plan('new', here=.2, x1=['fast', 'slow', 'new'])[0] == pytest.approx(20) and plan('slow', here=.8, x1=['slow'])[0] == pytest.approx(80)
+
+
+def test_results_without_a_step_learn_it_from_rows_that_ran_both_ways():
+    measure('old', 30); measure('both', 10); measure('again', 40, .4)
+    assert plan('old', here=.3, x1=['old'])[0] == pytest.approx(30)                                # nobody knows: as measured here
+    assert plan('old', here=.3, x1=['old'], x2=['both', 'again'])[0] == pytest.approx(30*.3/.1)   # a quarter of the other's time, so a quarter of its step
+
+
+def test_a_step_takes_time_and_changes_no_random_number():
+    torch.manual_seed(0); a = torch.rand(3); torch.manual_seed(0); assert 0 < step_seconds(1) < 60 and torch.equal(torch.rand(3), a)
+    assert pace.pace(2) > 0
+    save_result('r', {}, [RECORD], 1); assert load_result('r')['env']['step_seconds'] > 0

@@ -6,9 +6,8 @@ from conftest import run_cells
 from facegen import rows
 from facegen.core import load_result, root
 from facegen.cost import cost_of
-from facegen.dit import make_dit
+from facegen.dit import BACKBONES
 from facegen.toyfaces import write_toyfaces
-from facegen.unet import make_unet
 
 ROWS = [r for r, run in rows.RUNS.items() if run.notebook == '32_run_unconditional']
 
@@ -33,7 +32,7 @@ def run(row, **more):
 def test_a_row_trains_at_smoke(home, row):
     "The network learns for all its steps, and both moments of equality, cost and memory stand in the result"
     want = rows.default_params('32_run_unconditional') | rows.job(rows.run_name(row, 'smoke', 0))['params']
-    with torch.device('meta'): net = {'unet': make_unet, 'dit': make_dit}[want['backbone']](want['network'], 32)
+    with torch.device('meta'): net = BACKBONES[want['backbone']](want['network'], 32)
     step = want['batch']*cost_of(net, torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64))['train_gflops']/1e3  # TFLOPs
     budget = 1.25*want['steps']*step; p = (out := run(row, budget=budget))['params']
     if want['prediction'] == 'flow': want['sampler'] = 'euler'  # its own
