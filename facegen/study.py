@@ -223,3 +223,4 @@ def main(
             case 'figures': print('\n'.join(str(f.relative_to(root())) for f in draw_all(a.scale, a.jobs)))
             case 'table': print_table(a.scale, a.rows)
     except (ValueError, RuntimeError, FileNotFoundError) as e: sys.exit(f'facegen: {e}')
+    except KeyboardInterrupt: sys.exit(f'facegen: {a.do} was stopped; the same command goes on where it was')

@@ -53,6 +53,12 @@ def test_rows_without_faces_are_left_out_and_named(home, capsys, monkeypatch):
     with pytest.raises(FileNotFoundError, match='FACEGEN_FACES'): rows.find_faces('celeba65')
 
 
+def test_a_stopped_command_says_how_to_go_on(monkeypatch):
+    def stopped(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(study, 'launch', stopped)
+    with pytest.raises(SystemExit, match='launch was stopped; the same command goes on'): study.main(['launch', 'unet-laptop-s0'])
+
+
 def test_an_argument_that_no_notebook_knows_is_an_error(home):
     with pytest.raises(ValueError, match='30_run_judges has no parameter stepz'): study.execute('30_run_judges', home/'x.ipynb', dict(stepz=1), 'x')
 
