@@ -92,3 +92,11 @@ def test_no_picture_of_the_repository_is_a_data_set_face():
     assert not [f for f in tracked if re.search(r'\.(jpe?g|npz|arrow|pkl|pt|bin|ckpt)$', f)]
     assert not [f for f in tracked if f.endswith('.png') and not f.startswith(('figures/', 'data/gallery/'))]
     assert not [f for f in tracked if f.startswith(('data/gallery/', 'figures/')) and (REPO/f).stat().st_size > (100_000 if 'gallery' in f else 400_000)]
+
+
+def test_commands_that_are_written_down_name_runs():
+    "Whoever copies a command from a page gets a row"
+    from facegen.rows import parse_name
+    pages = [p.read_text() for p in (REPO/'README.md', REPO/'CONTRIBUTING.md', REPO/'data'/'README.md')] + [source(c) for p in NOTEBOOKS for c in cells(p, 'markdown')]
+    named = [n for page in pages for n in re.findall(r'facegen (?:launch|keep) ([\w.+-]+-s\d+)', page)]
+    assert len(named) >= 4 and all(parse_name(n) for n in named)
