@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 from .compare import verdict
 from .paired import Difference
-from .show import COLOURS, style
+from .show import COLOURS, footing, heading, style, wrapped
 
 # %% ../nbs/24_forest.ipynb #63b7992a
 MEASURED = {  # measure -> its name, and what a better row has of it
@@ -54,8 +54,7 @@ def forest(
     w, h = .15 + heads + steps + sum(widths.values()) + gap*len(widths) + ends, tall*len(lines) + under + over
     fig = plt.figure(figsize=(w, h)); high = tall*len(lines)
     say = lambda x, y, s, **kw: fig.text(x/w, y/h, s, **{'va': 'center', **kw})
-    say(.15, h - .12, title, fontsize=18, fontweight='bold', va='top'); say(.15, h - .55, lead, fontsize=11.5, va='top', linespacing=1.35)
-    say(.15, .36, '\n'.join(textwrap.wrap(caption, int(w*13.6))), fontsize=9, linespacing=1.35)
+    heading(fig, title, [lead]); footing(fig, wrapped([caption], int(w*13.6)), .55)
     x = .15 + heads + steps + .1
     for metric, width in widths.items():
         ax = fig.add_axes([x/w, under/h, width/w, high/h]); x += width + gap; name, wanted = MEASURED[metric]
