@@ -7,7 +7,7 @@ __all__ = ['pace', 'old_step', 'expected']
 
 # %% ../nbs/23_pace.ipynb #94aaf35a
 from concurrent.futures import ThreadPoolExecutor
-from statistics import mean, median
+from statistics import mean, median, median_low
 
 from .core import load_result, result_path, step_seconds
 
@@ -35,7 +35,8 @@ def expected(
     row = {n: r for r, names in alike.items() for n in names}
     envs = {r: [load_result(n)['env'] for n in names if result_path(n).exists()] for r, names in alike.items()}
     old, usual = old_step(envs.values()) or here, {}
-    took = {r: median(e['seconds']*here/(e.get('step_seconds') or old) for e in es) for r, es in envs.items() if es}
+    sure = {r: [e for e in es if e.get('step_seconds')] or es for r, es in envs.items()}  # results that say their step, where there are some
+    took = {r: median_low(e['seconds']*here/(e.get('step_seconds') or old) for e in es) for r, es in sure.items() if es}
     for r, s in took.items(): usual.setdefault(kind[r], []).append(s)
     guessed = [n for n in todo if row[n] not in took]
     return sum(took.get(row[n]) or median(usual.get(kind[row[n]], [0])) for n in todo), len(guessed), sum(kind[row[n]] not in usual for n in guessed)

@@ -31,13 +31,15 @@ def test_what_was_measured_is_added_and_the_rest_counts_as_its_like():
 
 def test_every_result_is_stretched_by_its_own_machine():
     measure('fast', 10, .1); measure('slow', 40, .4)
-    assert plan('new', here=.2, x1=['fast', 'slow', 'new'])[0] == pytest.approx(20) and plan('slow', here=.8, x1=['slow'])[0] == pytest.approx(80)
+    measure('stopped', 900, .1)  # and went on an hour later
+    assert plan('new', here=.2, x1=['fast', 'stopped', 'new'])[0] == plan('new', here=.2, x1=['fast', 'slow', 'new'])[0] == pytest.approx(20) and plan('slow', here=.8, x1=['slow'])[0] == pytest.approx(80)
 
 
 def test_results_without_a_step_learn_it_from_rows_that_ran_both_ways():
     measure('old', 30); measure('both', 10); measure('again', 40, .4)
     assert plan('old', here=.3, x1=['old'])[0] == pytest.approx(30)                                # nobody knows: as measured here
     assert plan('old', here=.3, x1=['old'], x2=['both', 'again'])[0] == pytest.approx(30*.3/.1)   # a quarter of the other's time, so a quarter of its step
+    measure('odd', 1); assert plan('new', here=.3, x1=['odd', 'again', 'new'])[0] == pytest.approx(30)  # who says the step is believed first
 
 
 def test_a_step_takes_time_and_changes_no_random_number():
