@@ -184,7 +184,7 @@ def draw_all(
 def say_plan(scale, seeds, rows, jobs=2):
     "Print what will run, and how long that will take on this machine"
     every = names(scale, seeds, rows); todo = [n for n in every if not (root()/'data'/'runs'/n/'done').exists()]
-    seconds, new, unknown = expected(todo, {r: [run_name(r, scale, s) for s in range(10)] for r in RUNS}, {r: run.notebook for r, run in RUNS.items()}, pace(jobs)) if todo else (0, 0, 0)
+    seconds, new, unknown = expected(todo, {r: [run_name(r, scale, s) for s in range(max(seeds, 10))] for r in RUNS}, {r: run.notebook for r, run in RUNS.items()}, pace(jobs)) if todo else (0, 0, 0)
     left_out = [r for r in RUNS if rows is None and scale in RUNS[r].scales and run_name(r, scale, 0) not in every]
     time = (f": about {seconds/60/jobs:.0f} minutes, {jobs} at a time, figures not counted (what rows took where they were measured, stretched to this machine)" if seconds
             else '; how long that takes is not known, since none of them was ever measured' if todo else '')

@@ -48,6 +48,7 @@ def test_rows_without_faces_are_left_out_and_named(home, capsys, monkeypatch):
     out = capsys.readouterr().out
     drawn = [r for r in rows.RUNS.values() if r.params.get('faces', 'toy').startswith('toy') and 'laptop' in r.scales]
     assert f'{len(drawn)} of {len(drawn)} runs' in out and 'left out' in out and 'unet-celeba64' in out
+    study.main(['plan', 'laptop', '12', 'unet']); assert '12 of 12 runs' in capsys.readouterr().out
     (home/'celeba64').mkdir(); monkeypatch.setenv('FACEGEN_FACES', str(home))
     assert 'unet-celeba64-laptop-s0' in rows.names('laptop')
     with pytest.raises(FileNotFoundError, match='FACEGEN_FACES'): rows.find_faces('celeba65')
