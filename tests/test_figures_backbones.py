@@ -43,7 +43,7 @@ def trained(row, steps, compute=None, seed=0, budget=BUDGET, gap=.02, share=.5, 
 
 
 def drawn(notebook, home):
-    "Run a figure notebook's code here; returns the figure's bytes, all that was printed, and its names"
+    "Run a figure notebook's code here; returns the figure's bytes, all that was printed, and texts that spill"
     text, names = run_cells(notebook, scale=SCALE)
     FigureCanvasAgg(names['fig']).draw(); spill = outside(names['fig'])
     return (home/'figures'/f'{study.figure_name(rows.FIGURES[notebook], SCALE)}.png').read_bytes(), text, spill
@@ -63,8 +63,8 @@ def test_backbones_answers_both_equalities_and_is_the_same_bytes_again(home):
         for row, steps, compute in (('unet-few', 2., 2.), ('dit-s-few', 2.5, 1.), ('dit-l-few', 1., 3.)): trained(row, steps + .02*s, compute + .02*s, s)
     a, text, spill = drawn('44_fig_backbones', home)
     assert 'After equal steps: DiT-L does; after equal compute: DiT-S does.' in text and not spill
-    assert 'at equal steps (20): DiT-S against UNet +0.50 [+0.36, +0.64], farther; DiT-L against UNet -1.00 [-1.14, -0.86], nearer; DiT-L against DiT-S -1.50' in text
-    assert 'at equal compute (20 TFLOPs): DiT-S against UNet -1.00' in text and 'DiT-L against DiT-S +2.00 [+1.86, +2.14], farther.' in text
+    assert 'At equal steps (20): DiT-S against UNet +0.50 [+0.36, +0.64], farther; DiT-L against UNet -1.00 [-1.14, -0.86], nearer; DiT-L against DiT-S -1.50' in text
+    assert 'At equal compute (20 TFLOPs): DiT-S against UNet -1.00' in text and 'DiT-L against DiT-S +2.00 [+1.86, +2.14], farther.' in text
     assert '20 steps of UNet, 40 steps of DiT-S, 8 steps of DiT-L' in text and 'Here, Large against Small: at equal steps nearer; at equal compute farther.' in text
     assert drawn('44_fig_backbones', home)[0] == a and 20_000 < len(a) < 400_000
     assert study.draw('44_fig_backbones', SCALE).read_bytes() == a
@@ -75,7 +75,9 @@ def test_backbones_shows_the_other_unets_and_says_so_where_there_is_no_budget(ho
     a, text, spill = drawn('44_fig_backbones', home)
     assert "no moment of equal compute: scale 'smoke' has no budget" in text and 'After equal steps: not that these faces and seeds could tell.' in text and 'equal compute (' not in text and not spill
     for i in range(1, 7): trained(f'r{i}-few', 2 + i/5, budget=0.)
-    b, text, spill = drawn('44_fig_backbones', home); assert 'UNet r1, UNet r2' in text and b != a and not spill
+    b, text, spill = drawn('44_fig_backbones', home); assert 'seed 0, one dot' in text and b != a and not spill
+    for row in NETS: trained(f'{row}-few', 2.1, budget=0., seed=1)
+    assert 'UNet, DiT-S and DiT-L: seeds 0, 1; UNet r1, UNet r2, UNet r3, UNet r4, UNet r5 and UNet r6: seed 0, one dot' in drawn('44_fig_backbones', home)[1]
 
 
 def test_backbones_leaves_out_what_was_trained_otherwise_and_names_it(home):
@@ -95,8 +97,8 @@ def test_data_says_whether_large_gains_more_and_shows_learning_by_heart(home):
             trained(row, steps + .02*s, compute + .02*s, s, gap=.3 if 'few' in row else .01, share=.8 if 'few' in row else .5)
     a, text, spill = drawn('45_fig_data', home)
     assert 'What 270 faces instead of 27 change' in text and not spill
-    assert 'at equal steps (20): DiT-S -0.05 [-0.19, +0.09], no difference that n = 400 can show; DiT-L -2.00 [-2.14, -1.86], nearer; Large gains more than Small (+1.95 [+1.75, +2.15]).' in text
-    assert 'at equal compute (20 TFLOPs): DiT-S -2.00' in text and 'Small gains more than Large (-1.95' in text
+    assert 'At equal steps (20) DiT-S: no difference that n = 400 can show; DiT-L: nearer. Large gains more than Small (+1.95 [+1.75, +2.15]).' in text
+    assert 'At equal compute (20 TFLOPs) DiT-S: nearer; DiT-L: no difference that n = 400 can show. Small gains more than Large (-1.95' in text
     assert 'DiT-S gap 30.0 % on 27, 1.0 % on 270, copy share 0.80 and 0.50' in text and 'Held-out faces score a copy share of 0.51 against the 270 of either side' in text
     assert 'Small with more data: at equal steps no difference that n = 400 can show; at equal compute nearer.' in text
     assert drawn('45_fig_data', home)[0] == a and 20_000 < len(a) < 400_000 and study.draw('45_fig_data', SCALE).read_bytes() == a
@@ -106,8 +108,8 @@ def test_data_shows_the_unet_where_it_ran_on_both_and_says_where_there_is_no_bud
     for row in ('dit-s', 'dit-s-few', 'dit-l', 'dit-l-few', 'unet'): trained(row, 2., budget=0.)
     a, text, spill = drawn('45_fig_data', home)
     assert "no moment of equal compute: scale 'smoke' has no budget" in text and 'UNet' not in text and not spill
-    assert 'between Large and Small, no difference that n = 400 can show' in text
-    trained('unet-few', 3., budget=0.); b, text, spill = drawn('45_fig_data', home); assert 'UNet -1.00 [-1.14, -0.86], nearer' in text and a != b and not spill
+    assert 'DiT-S and DiT-L: no difference that n = 400 can show. Whether Large gains more is not decided' in text
+    trained('unet-few', 3., budget=0.); b, text, spill = drawn('45_fig_data', home); assert 'UNet: nearer; DiT-S and DiT-L: no difference' in text and a != b and not spill
 
 
 def test_data_refuses_trainings_that_share_no_seed(home):
