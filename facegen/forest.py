@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 
-from .compare import verdict
+from .compare import lay, verdict
 from .paired import Difference
 from .show import COLOURS, footing, heading, style, wrapped
 
@@ -38,6 +38,7 @@ class Line:
     head:str=''   # What the step is about; empty continues the line above
     end:str=''    # What stands at the end of the line, e.g. a verdict
     colour:str='#262626' # Of that
+    faces:object=None # What the second row draws, (n,3,H,W) in [-1,1]
 
 # %% ../nbs/24_forest.ipynb #7db0f40b
 def forest(
@@ -48,9 +49,11 @@ def forest(
     caption:str,  # What must be known to read it
     heads:float=3.9, # Width of the words on the left, inches
     tall:float=.44,  # Height of a line, inches
+    drawn:str='',    # What stands above the faces
 )->plt.Figure:
     "Draw steps as lines, measures as columns"
     steps, ends, gap, under, over = 2.2, 1.25*any(l.end for l in lines), .28, 1.22, 1.55
+    ends += tall*max(len(l.faces) if l.faces is not None else 0 for l in lines)
     w, h = .15 + heads + steps + sum(widths.values()) + gap*len(widths) + ends, tall*len(lines) + under + over
     fig = plt.figure(figsize=(w, h)); high = tall*len(lines)
     say = lambda x, y, s, **kw: fig.text(x/w, y/h, s, **{'va': 'center', **kw})
@@ -73,7 +76,9 @@ def forest(
     for y, l in enumerate(lines):
         at = under + high - (y + .5)*tall
         if l.head: say(.15, at, '\n'.join(textwrap.wrap(l.head, int(heads*12.5))), fontsize=10.5, linespacing=1.1)
-        say(.15 + heads + steps, at, l.step, fontsize=9, ha='right', color='#6b6b6b')
+        say(.15 + heads + steps, at, '\n'.join(textwrap.wrap(l.step, 34)), fontsize=9, ha='right', color='#6b6b6b')
+        if l.faces is not None: lay(fig, x, at - tall/2 + .02, tall - .04, l.faces)
         say(w - .15, at, l.end, fontsize=10.5, ha='right', weight='bold', color=l.colour)
         if l.head and y: fig.add_artist(plt.Line2D([.15/w, 1 - .15/w], [(at + tall/2)/h]*2, color='#e3e3e3', lw=.8, zorder=0))
+    if drawn: say(x, under + high + .1, drawn, fontsize=10.5, weight='bold', va='bottom')
     return fig

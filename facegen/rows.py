@@ -74,12 +74,12 @@ FIGURES = {'40_fig_ema': 'what-does-ema-buy', '41_fig_infonce': 'what-does-the-p
            '44_fig_backbones': 'does-a-transformer-beat-a-unet', '45_fig_data': 'what-does-ten-times-the-data-buy',
            '46_fig_steps': 'how-many-steps-are-enough', '47_fig_lora': 'does-lora-help-more-with-attributes',
            '48_fig_ranks': 'how-thin-can-the-matrices-be', '49_fig_strength': 'what-does-the-strength-do',
-           '50_findings': 'what-holds', '51_fig_costs': 'what-does-a-row-cost'}
+           '50_findings': 'what-holds', '51_fig_costs': 'what-does-a-row-cost', '52_fig_changes': 'which-detail-of-the-training-matters'}
 SHOWS = {'40_fig_ema': ['unet'], '41_fig_infonce': ['attrs', 'attrs+nce'], '42_fig_pooled': ['attrs', 'published'],
          '43_fig_guidance': ['guidance'], '44_fig_backbones': ['unet-few', 'dit-s-few', 'dit-l-few'],
          '45_fig_data': ['dit-s', 'dit-s-few', 'dit-l', 'dit-l-few'], '46_fig_steps': ['samplers'],
          '47_fig_lora': ['zero-shot', 'full', 'lora-uncond', 'lora'], '48_fig_ranks': ['zero-shot', 'lora', 'lora-r1'], '49_fig_strength': ['lora'],
-         '50_findings': ['dit-s-few', 'dit-l-few'], '51_fig_costs': ['costs']}  # rows without which a figure cannot be drawn
+         '50_findings': ['dit-s-few', 'dit-l-few'], '51_fig_costs': ['costs'], '52_fig_changes': ['unet-few', 'unet-few-cosine']}  # rows without which a figure cannot be drawn
 
 # %% ../nbs/23_rows.ipynb #5be8fbe3
 def run_name(

@@ -8,7 +8,7 @@ from facegen.toyfaces import draw_faces
 
 SCALE = 'smoke'
 FACES = draw_faces(n=16, size=32, seed=1).image
-STEP = {'unet': 1., 'dit-s': .5, 'dit-l': 2.5} | {f'r{i}': 2. for i in range(1, 7)}  # TFLOPs a step
+STEP = {'unet': 1., 'dit-s': .5, 'dit-l': 2.5} | {f'r{i}': 2. for i in range(7)}  # TFLOPs a step
 BUDGET = 20.
 NETS = ['unet', 'dit-s', 'dit-l']
 
@@ -24,7 +24,7 @@ def said(metric, value, half, **tags):
 
 def trained(row, steps, compute=None, seed=0, budget=BUDGET, gap=.02, share=.5, half=.1, gallery=True, **params):
     "The result of a training that ends at kernel distance `steps` after equal steps and at `compute` where the budget is spent"
-    name = rows.run_name(row, SCALE, seed); job = rows.job(name); net = row.removesuffix('-few')
+    name = rows.run_name(row, SCALE, seed); job = rows.job(name); net = row.split('-few')[0]
     p = rows.default_params(job['notebook']) | job['params'] | dict(size=32, budget=budget, trained_on=27 if '-few' in row else 270, parameters=2e6*STEP[net], gflops=STEP[net],
                                                                      training_seconds=100., peak_memory_mb=900.) | params
     equal = round(budget/STEP[net]); moments = sorted({10, p['steps'], *([equal] if equal else [])}); metrics = []
@@ -115,3 +115,16 @@ def test_data_shows_the_unet_where_it_ran_on_both_and_says_where_there_is_no_bud
 def test_data_refuses_trainings_that_share_no_seed(home):
     for row, s in (('dit-s', 0), ('dit-s-few', 0), ('dit-l', 1), ('dit-l-few', 1)): trained(row, 2., 2., s)
     with pytest.raises(ValueError, match='share no seed'): drawn('45_fig_data', home)
+
+
+def test_changes_reads_what_differs_from_the_results_and_says_which_move(home):
+    with pytest.raises(ValueError, match="no results of row 'unet-few' at scale 'smoke': run `make study"): drawn('52_fig_changes', home)
+    for row, v in (('unet-few', 2.), ('unet-few-flow', 1.), ('unet-few-lr-lowest', 4.), ('unet-few-no-flip', 2.02), ('r0-few', 2.), ('r6-few', 1.)): trained(row, v, v)
+    a, text, spill = drawn('52_fig_changes', home); assert not spill and drawn('52_fig_changes', home)[0] == a
+    assert 'straight lines (rectified flow) and r6: nearer; learns 80 times slower: farther. 4 of 4 have one training each, which decides nothing.' in text
+    names = run_cells('52_fig_changes', scale=SCALE)[1]; steps = {l.head: l.step for l in names['lines']}
+    assert list(steps)[:4] == ['what is changed below', 'straight lines (rectified flow)', 'no face is mirrored', 'learns 80 times slower']
+    assert steps['no face is mirrored'] == 'flip off' and steps['learns 80 times slower'] == 'lr 0.001 -> 1.25e-05' and 'prediction sample -> flow' in steps['straight lines (rectified flow)']
+    for row in ('unet-few', 'unet-few-flow'): trained(row, 2., 2., seed=1)
+    for row in ('r0-few', 'r6-few'): trained(row, v := 2. - (row == 'r6-few'), v, seed=1)
+    assert 'learns 80 times slower: farther; r6: nearer. 2 of 4 have' in drawn('52_fig_changes', home)[1]  # the flow's seeds disagree
