@@ -28,15 +28,17 @@ def old_step(groups):
 def expected(
     todo:list,   # Names of runs
     alike:dict,  # Row -> names of its runs, whether measured or not; holds those of `todo`
-    kind:dict,   # Row -> something that is alike for rows of about equal length, e.g. their notebook
+    kin:dict,    # Row -> {another row: in how many arguments they differ}
     here:float,  # Seconds of a step here, see `pace`
 )->tuple:        # (seconds here of one process, how many were never measured, how many nothing at all is known about)
     "Add up what runs will take: what their rows took where they were measured, stretched to this machine"
     row = {n: r for r, names in alike.items() for n in names}
     envs = {r: [load_result(n)['env'] for n in names if result_path(n).exists()] for r, names in alike.items()}
-    old, usual = old_step(envs.values()) or here, {}
+    old = old_step(envs.values()) or here
     sure = {r: [e for e in es if e.get('step_seconds')] or es for r, es in envs.items()}  # results that say their step, where there are some
     took = {r: median_low(e['seconds']*here/(e.get('step_seconds') or old) for e in es) for r, es in sure.items() if es}
-    for r, s in took.items(): usual.setdefault(kind[r], []).append(s)
-    guessed = [n for n in todo if row[n] not in took]
-    return sum(took.get(row[n]) or median(usual.get(kind[row[n]], [0])) for n in todo), len(guessed), sum(kind[row[n]] not in usual for n in guessed)
+    def guess(r):
+        near = {k: d for k, d in kin[r].items() if k in took}
+        return median(took[k] for k, d in near.items() if d == min(near.values())) if near else None
+    guessed = {n: guess(row[n]) for n in todo if row[n] not in took}
+    return sum((guessed[n] or 0) if n in guessed else took[row[n]] for n in todo), len(guessed), sum(g is None for g in guessed.values())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pack_path', 'pack', 'from_weights', 'keep', 'shown', 'execute', 'launch', 'results', 'table', 'figure_name',
-           'drawable', 'draw', 'draw_all', 'say_plan', 'print_table', 'main']
+           'drawable', 'draw', 'draw_all', 'kin', 'say_plan', 'print_table', 'main']
 
 # %% ../nbs/23_study.ipynb #8891ad29
 import argparse, os, re, shutil, sys, threading, time
@@ -181,14 +181,20 @@ def draw_all(
     return [root()/'figures'/f'{figure_name(FIGURES[f], scale)}.png' for f in found]
 
 # %% ../nbs/23_study.ipynb #dfc97d3c
+def kin(scale):
+    "Row -> {another row of its notebook: in how many arguments they differ}"
+    jobs = {r: job(run_name(r, scale, 0)) for r, run in RUNS.items() if scale in run.scales}
+    apart = lambda p, q: sum(p.get(k) != q.get(k) for k in p.keys() | q.keys())
+    return {r: {k: apart(a['params'], b['params']) for k, b in jobs.items() if k != r and b['notebook'] == a['notebook']} for r, a in jobs.items()}
+
 def say_plan(scale, seeds, rows, jobs=2):
     "Print what will run, and how long that will take on this machine"
     every = names(scale, seeds, rows); todo = [n for n in every if not (root()/'data'/'runs'/n/'done').exists()]
-    seconds, new, unknown = expected(todo, {r: [run_name(r, scale, s) for s in range(max(seeds, 10))] for r in RUNS}, {r: run.notebook for r, run in RUNS.items()}, pace(jobs)) if todo else (0, 0, 0)
+    seconds, new, unknown = expected(todo, {r: [run_name(r, scale, s) for s in range(max(seeds, 10))] for r in RUNS}, kin(scale), pace(jobs)) if todo else (0, 0, 0)
     left_out = [r for r in RUNS if rows is None and scale in RUNS[r].scales and run_name(r, scale, 0) not in every]
     time = (f": about {seconds/60/jobs:.0f} minutes, {jobs} at a time, figures not counted (what rows took where they were measured, stretched to this machine)" if seconds
             else '; how long that takes is not known, since none of them was ever measured' if todo else '')
-    guess = f'; {new} were never measured and count as others of their notebook' + (f', {unknown} of them as nothing' if unknown else '') if seconds and new else ''
+    guess = f'; {new} were never measured and count as the rows most like them' + (f', {unknown} of them as nothing' if unknown else '') if seconds and new else ''
     print(f'{len(todo)} of {len(every)} runs at scale {scale} are to be done' + time + guess)
     if left_out: print(f"left out, since their faces were not found: {', '.join(left_out)} (set FACEGEN_FACES)")
 

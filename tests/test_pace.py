@@ -18,14 +18,15 @@ def measure(run, seconds, step=None):
     path.write_text(json.dumps(r | dict(env=r['env'] | dict(step_seconds=step))))
 
 
-def plan(*todo, here=1., **rows): return pace.expected(list(todo), rows, {r: r[0] for r in rows}, here)
+def plan(*todo, here=1., **rows): return pace.expected(list(todo), rows, {r: {k: abs(int(k[1:]) - int(r[1:])) for k in rows if k[0] == r[0] and k != r} for r in rows}, here)
 
 
 def test_what_was_measured_is_added_and_the_rest_counts_as_its_like():
     measure('a', 100, 1.); measure('b', 300, 1.); measure('e', 7, 1.)
     assert plan('a', 'b', x1=['a'], x2=['b']) == (400, 0, 0)
-    assert plan('a', 'b', 'c', x1=['a'], x2=['b'], x3=['c']) == (600, 1, 0) and plan('a', 'z', x1=['a'], y1=['z']) == (100, 1, 1)
+    assert plan('a', 'b', 'c', x1=['a'], x3=['b'], x2=['c']) == (600, 1, 0) and plan('a', 'z', x1=['a'], y1=['z']) == (100, 1, 1)
     assert plan('d', x1=['d', 'e', 'f']) == (7, 0, 0)  # another seed of the same row knows best
+    assert plan('c', x1=['a'], x4=['b'], x2=['c']) == (100, 1, 0) and plan('c', x1=['a'], x4=['b'], x3=['c']) == (300, 1, 0)  # the nearest
     assert plan(x1=['a']) == (0, 0, 0)
 
 
