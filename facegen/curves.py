@@ -71,9 +71,9 @@ def standing(
 def costs(
     r:pd.DataFrame, # Records, as from `comparable`
 )->pd.DataFrame:    # One line a row; means over seeds
-    "Say what each row costs: size, operations, seconds to the moment of equal steps, memory"
+    "Say what each row costs: size, operations, operations and seconds to the moment of equal steps, memory"
     p = [{'row': row} | p for row, p in r.drop_duplicates('run')[['row', 'params']].itertuples(index=False)]
-    one = lambda q: {'row': q['row'], 'M parameters': q['parameters']/1e6, 'GFLOPs a face': q['gflops'],
+    one = lambda q: {'row': q['row'], 'M parameters': q['parameters']/1e6, 'GFLOPs a face': q['gflops'], 'TFLOPs': at(r, 'steps', q['row']).tflops.iloc[0],
                      'seconds': q['training_seconds']*q['steps']/q['trained_for'], 'peak MB': q['peak_memory_mb']}
     return pd.DataFrame(map(one, p)).groupby('row', sort=False).mean()
 
