@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'attribute_faces', 'mask_faces', 'kernel_faces', 'faces_path', 'save_faces', 'load_faces_of', 'Difference',
-           'paired']
+           'paired', 'by_seeds']
 
 # %% ../nbs/22_paired.ipynb #75e40fad
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import t as student
 
 from .clues import HIDDEN
 from .control import look
@@ -125,3 +126,12 @@ def paired(
     draws = [np.mean([gain(int(s), True) for s in torch.randint(len(a), (len(a),), generator=g)]) for _ in range(boots)]
     low, high = np.nanpercentile(draws, [2.5, 97.5]); value = float(np.mean(each))
     return Difference(value, min(float(low), value), max(float(high), value), tuple(each), len(a[0][names[0]]))
+
+# %% ../nbs/22_paired.ipynb #42da5546
+def by_seeds(
+    d:Difference, # From `paired`
+)->tuple:         # (low, high); infinite for one seed
+    "The 95 % interval of the seeds alone, by Student's t"
+    if len(d.each) < 2: return -np.inf, np.inf
+    half = student.ppf(.975, len(d.each) - 1)*np.std(d.each, ddof=1)/len(d.each)**.5
+    return d.value - half, d.value + half

@@ -1,10 +1,11 @@
 """Rows compared face by face: the tables give back the scores, and pairing is honest and worth it."""
 import numpy as np, pandas as pd, pytest, torch
+from scipy.stats import ttest_1samp
 from facegen import compare
 from facegen.core import generator
 from facegen.crowds import kernel
 from facegen.faces import ATTRIBUTES
-from facegen.paired import MEASURES, attribute_faces, kernel_faces, load_faces_of, mask_faces, paired, save_faces
+from facegen.paired import MEASURES, Difference, attribute_faces, by_seeds, kernel_faces, load_faces_of, mask_faces, paired, save_faces
 from facegen.scores import balanced_accuracy, confusion, iou
 from facegen.toyfaces import draw_faces
 
@@ -96,3 +97,12 @@ def test_compare_takes_the_faces_where_both_rows_kept_them(home):
     c = frame(records('_e', far, part='ema.')); e = frame(records('_f', near, part='ema.'))  # a run that was measured at several moments
     assert compare.difference(c.assign(kept='ema.'), e.assign(kept='ema.'), 'miou') == d
     for kept in ('no.', None): assert np.isclose((f := compare.difference(c.assign(kept=kept), e.assign(kept=kept), 'miou')).high - f.value, np.hypot(.1, .1))
+
+
+@pytest.mark.parametrize('each', [(.1, .2), (-.3, -.06, -.08), (1., 1., 1.), (.5, -.2, .4, .1)])
+def test_seeds_alone_agree_with_a_t_test(each):
+    d = Difference(float(np.mean(each)), 0., 0., each, 10); low, high = by_seeds(d)
+    if np.ptp(each) > 0:
+        ours = ttest_1samp(each, 0.).confidence_interval(.95); assert np.allclose((low, high), (ours.low, ours.high))
+    else: assert low == high == d.value
+    assert by_seeds(Difference(.1, 0., .2, (.1,), 10)) == (-np.inf, np.inf)

@@ -76,6 +76,7 @@ def test_the_page_gives_every_claim_its_verdict_and_the_same_bytes_again(home):
         run_cells('50_findings', scale='smoke'); name = study.figure_name(rows.FIGURES['50_findings'], 'smoke')
         return (home/'figures'/f'{name}.png').read_bytes(), (home/'figures'/'_findings-smoke.md').read_text()
     png, page = draw(); assert (png, page) == draw() and len(png) > 20_000
+    assert '| seeds alone |' in page and '| 2 | [' in page and 'not run | 0 |  | 0 |' in page
     words = [l.rsplit('**', 2)[1] for l in page.splitlines() if l.count('**') == 2]; assert len(words) == len(CLAIMS)
     by = dict(zip((c.says for c in CLAIMS), words))
     assert by['LoRA fine-tuning improves quality'] == 'supported' and by['and conditional LoRA more than unconditional'] == 'not supported'
