@@ -56,10 +56,11 @@ def forest(
     "Draw steps as lines, measures as columns"
     steps, ends, gap, under, over = 2.2, 1.25*any(l.end for l in lines), .28, 1.22, 1.55
     ends += tall*max(len(l.faces) if l.faces is not None else 0 for l in lines)
-    w, h = .15 + heads + steps + sum(widths.values()) + gap*len(widths) + ends, tall*len(lines) + under + over
+    w = .15 + heads + steps + sum(widths.values()) + gap*len(widths) + ends; answer = wrapped([lead], int(w*11.5))
+    h = tall*len(lines) + under + over + .23*(len(answer) - 1)
     fig = plt.figure(figsize=(w, h)); high = tall*len(lines)
     say = lambda x, y, s, **kw: fig.text(x/w, y/h, s, **{'va': 'center', **kw})
-    heading(fig, title, [lead]); footing(fig, wrapped([caption], int(w*13.6)), .55)
+    heading(fig, title, answer); footing(fig, wrapped([caption], int(w*13.6)), .55)
     x = .15 + heads + steps + .1
     for metric, width in widths.items():
         ax = fig.add_axes([x/w, under/h, width/w, high/h]); x += width + gap; name, wanted = MEASURED[metric]

@@ -121,10 +121,10 @@ def test_changes_reads_what_differs_from_the_results_and_says_which_move(home):
     with pytest.raises(ValueError, match="no results of row 'unet-few' at scale 'smoke': run `make study"): drawn('52_fig_changes', home)
     for row, v in (('unet-few', 2.), ('unet-few-flow', 1.), ('unet-few-lr-lowest', 4.), ('unet-few-no-flip', 2.02), ('r0-few', 2.), ('r6-few', 1.)): trained(row, v, v)
     a, text, spill = drawn('52_fig_changes', home); assert not spill and drawn('52_fig_changes', home)[0] == a
-    assert 'straight lines (rectified flow) and r6: nearer; learns 80 times slower: farther. 4 of 4 have one training each, which decides nothing.' in text
+    assert 'Clear of zero: straight lines (rectified flow) and r6: nearer; learns 80 times slower: farther. 4 of 4 have one training each, which decides nothing.' in text
     names = run_cells('52_fig_changes', scale=SCALE)[1]; steps = {l.head: l.step for l in names['lines']}
     assert list(steps)[:4] == ['what is changed below', 'straight lines (rectified flow)', 'no face is mirrored', 'learns 80 times slower']
     assert steps['no face is mirrored'] == 'flip off' and steps['learns 80 times slower'] == 'lr 0.001 -> 1.25e-05' and 'prediction sample -> flow' in steps['straight lines (rectified flow)']
     for row in ('unet-few', 'unet-few-flow'): trained(row, 2., 2., seed=1)
     for row in ('r0-few', 'r6-few'): trained(row, v := 2. - (row == 'r6-few'), v, seed=1)
-    assert 'learns 80 times slower: farther; r6: nearer. 2 of 4 have' in drawn('52_fig_changes', home)[1]  # the flow's seeds disagree
+    assert 'Clear of zero: r6: nearer; learns 80 times slower: farther. 2 of 4 have' in drawn('52_fig_changes', home)[1]  # the flow's seeds disagree
