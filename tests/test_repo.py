@@ -1,5 +1,5 @@
 """The repository keeps its own promises: exports in sync, notebooks clean and light, pins that agree."""
-import json, re, subprocess, sys
+import ast, json, re, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
@@ -100,3 +100,16 @@ def test_commands_that_are_written_down_name_runs():
     pages = [p.read_text() for p in (REPO/'README.md', REPO/'CONTRIBUTING.md', REPO/'data'/'README.md')] + [source(c) for p in NOTEBOOKS for c in cells(p, 'markdown')]
     named = [n for page in pages for n in re.findall(r'facegen (?:launch|keep) ([\w.+-]+-s\d+)', page)]
     assert len(named) >= 4 and all(parse_name(n) for n in named)
+
+
+def read_by(code):
+    "Names that code reads, the record of a run's arguments left out"
+    kept = [n for n in ast.parse(code).body if not (isinstance(n, ast.Assign) and any(getattr(t, 'id', '') == 'params' for t in n.targets))]
+    return {x.id for n in kept for x in ast.walk(n) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Load)}
+
+
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.name[0] == '3'], ids=lambda p: p.stem)
+def test_every_argument_of_a_run_does_something(path):
+    "An argument that is written down and never read makes a row that measures luck"
+    code = cells(path, 'code'); arguments, = (source(c) for c in code if 'parameters' in c['metadata'].get('tags', []))
+    assert {a.target.id for a in ast.parse(arguments).body} - {n for c in code if source(c) != arguments for n in read_by(source(c))} == set()
