@@ -71,7 +71,7 @@ def standing(
 def costs(
     r:pd.DataFrame, # Records, as from `comparable`
 )->pd.DataFrame:    # One line a row; means over seeds
-    "Say what each row costs: size, operations, operations and seconds to the moment of equal steps, memory"
+    "Say what each row costs: size, operations a face, operations and seconds to equal steps, memory"
     p = [{'row': row} | p for row, p in r.drop_duplicates('run')[['row', 'params']].itertuples(index=False)]
     one = lambda q: {'row': q['row'], 'M parameters': q['parameters']/1e6, 'GFLOPs a face': q['gflops'], 'TFLOPs': at(r, 'steps', q['row']).tflops.iloc[0],
                      'seconds': q['training_seconds']*q['steps']/q['trained_for'], 'peak MB': q['peak_memory_mb']}
@@ -167,7 +167,7 @@ def in_common(
 )->str:             # Some sentences
     "Write down what trainings have in common, and the seeds of each"
     first = r[(r.metric == 'kernel') & (r.weights == 'ema')].iloc[0]; p = first.params; seeds = r.groupby('row').seed.unique()
-    each = by_word({names[k]: seeds_said(seeds[k]) for k in names if k in seeds}); every = {seeds_said(s) for s in seeds}
+    said = {names[k]: seeds_said(seeds[k]) for k in names if k in seeds}; alike = len(set(said.values())) == 1
     return (f"Batch {p['batch']}, {p['decay']} learning rate {p['lr']:g}; averaged weights. n = {first.n} samples against {first.n_real:.0f} held-out faces, {p['sampler']} {p['sampling_steps']} steps, "
-            f"the same noise in every row; {every.pop() if len(every) == 1 else each}, one dot or thin line each; intervals 95 % over images, of one seed. "
+            f"the same noise in every row; {seeds_said(seeds.iloc[0]) if alike else by_word(said)}, one dot or thin line each; intervals 95 % over images, of one seed. "
             f"Eye: {first.network}, so these are no FID values. Floor (real against real): {first.floor:.3f} [{first.floor_low:.3f}, {first.floor_high:.3f}].")
