@@ -45,5 +45,5 @@ def test_results_without_a_step_learn_it_from_rows_that_ran_both_ways():
 
 def test_a_step_takes_time_and_changes_no_random_number():
     torch.manual_seed(0); a = torch.rand(3); torch.manual_seed(0); assert 0 < step_seconds(1) < 60 and torch.equal(torch.rand(3), a)
-    assert pace.pace(2) > 0
+    assert pace.pace(2, 3) > 0
     save_result('r', {}, [RECORD], 1); assert load_result('r')['env']['step_seconds'] > 0
