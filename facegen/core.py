@@ -125,7 +125,7 @@ def peak_memory(
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)/1e6
 
 def step_seconds(
-    tries:int=5, # The median of so many counts
+    tries:int=15, # The median of so many counts
 )->float:        # Seconds
     "Time one training step of a small network that is always the same: convolution, attention, a linear layer, forward and back"
     with torch.random.fork_rng(devices=()):  # what a program draws afterwards does not depend on it
