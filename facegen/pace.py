@@ -14,7 +14,7 @@ from .core import load_result, result_path, step_seconds
 # %% ../nbs/23_pace.ipynb #67c68b08
 def pace(
     jobs:int=1,    # Steps at a time
-    tries:int=200, # Of each, some seconds: a rested machine starts faster than it goes on
+    tries:int=200, # Of each, some seconds: a shorter look may be off by half
 )->float:          # Seconds of `step_seconds`, when so many run side by side
     "Time the step here"
     with ThreadPoolExecutor(jobs) as pool: return mean(pool.map(lambda _: step_seconds(tries), range(jobs)))
