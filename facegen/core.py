@@ -126,7 +126,7 @@ def peak_memory(
 
 def step_seconds(
     tries:int=15, # The median of so many counts
-)->float:        # Seconds
+)->float:         # Seconds
     "Time one training step of a small network that is always the same: convolution, attention, a linear layer, forward and back"
     with torch.random.fork_rng(devices=()):  # what a program draws afterwards does not depend on it
         conv, mix = torch.nn.Conv2d(64, 64, 3, padding=1).to(device()), torch.nn.TransformerEncoderLayer(64, 4, 256, dropout=0., batch_first=True).to(device())
