@@ -1,31 +1,46 @@
-# The study as a graph: faces -> judges -> generators -> figures. Rows, scales and names live in `facegen.rows`.
+# The study as a graph: faces -> judges -> generators -> figures. Experiments, scales and names: `facegen.study.experiments`.
 #   snakemake -c2 --config scale=laptop seeds=3 -- study
 #   snakemake -c3 --config scale=laptop demo=1 -- demo     (judges from data/weights)
 #   snakemake --profile profiles/slurm --config scale=gpu seeds=3 -- study
 import os
-from facegen.rows import DEMO, FIGURES, default_params, fingerprint, job, names
-from facegen.kernels import warm
-from facegen.study import drawable, figure_name, main, pack_path
+from facegen.study._warm_kernels import warm
+from facegen.study.commands import main
+from facegen.study.experiments import DEMO, FIGURES, default_params, fingerprint, job, run_names
+from facegen.study.runner import available_figures, figure_name, pack_path
 
-SCALE, SEEDS, SHORT = config.get('scale', 'laptop'), int(config.get('seeds', 1)), bool(int(config.get('demo', 0)))
-STUDY, SHOWN = names(SCALE, SEEDS), names(SCALE, SEEDS, DEMO)
-PICTURES = [f'figures/{figure_name(FIGURES[f], SCALE)}.png' for f in (drawable(SCALE, DEMO) if SHORT else FIGURES)]
+SCALE = config.get('scale', 'laptop')
+SEEDS = int(config.get('seeds', 1))
+SHORT = bool(int(config.get('demo', 0)))
+STUDY = run_names(SCALE, SEEDS)
+SHOWN = run_names(SCALE, SEEDS, DEMO)
+PLOTTED = available_figures(SCALE, DEMO) if SHORT else FIGURES
+PICTURES = [f'figures/{figure_name(FIGURES[f], SCALE)}.png' for f in PLOTTED]
 
 def faces(run):
     "The packed faces that a run starts from, if it needs any"
     p = {**default_params(job(run)['notebook']), **job(run)['params']}
     if 'faces' not in p: return []
-    sizes = {p['size'], *([max(64, p['size'])] if p.get('parsed_by') else [])}  # the parser that gives masks looks at 64 px
-    return [(p['faces'], p['n_faces'], s) for s in sorted(sizes)]
+    sizes = {p['size'], max(64, p['size'])} if p.get('mask_parser') else {p['size']}  # a mask parser works at 64 px
+    return [(p['faces'], p['n_faces'], size) for size in sorted(sizes)]
 
-def done(names): return [f for n in names for f in (f'data/results/{n}.json', f'data/runs/{n}/done')]
+def folder(packed):
+    "What rule `faces` makes"
+    path = pack_path(*packed)
+    return str(path.relative_to(path.parents[2])/'faces.json')
 
-def kept(name): return SHORT and os.path.isdir(f'data/weights/{name}')
+PACKED = {packed: folder(packed) for run in STUDY + SHOWN for packed in faces(run)}
+BY_PATH = {path: packed for packed, path in PACKED.items()}
 
-def needs(w): return [*(PACKED[f] for f in faces(w.run)), *done(n for n in job(w.run)['needs'] if not kept(n))]
+def done(runs):
+    "What rule `experiment` makes; results are in git, so the stamp says whether a run was done here"
+    return [f for run in runs for f in (f'data/results/{run}.json', f'data/runs/{run}/done')]
 
-PACKED = {f: str(pack_path(*f).relative_to(pack_path(*f).parents[2])/'faces.json') for f in {f for n in STUDY + SHOWN for f in faces(n)}}
-BY_PATH = {v: k for k, v in PACKED.items()}
+def is_kept(run):
+    "Whether a demonstration may start from committed weights"
+    return SHORT and os.path.isdir(f'data/weights/{run}')
+
+def needs(w):
+    return [*(PACKED[f] for f in faces(w.run)), *done(n for n in job(w.run)['needs'] if not is_kept(n))]
 
 localrules: demo, study
 
@@ -41,9 +56,9 @@ rule faces:
     threads: 2
     run: warm(main, ['pack', *params.what])
 
-rule row:
+rule experiment:
     input: needs
-    output: 'data/results/{run}.json', touch('data/runs/{run}/done')  # results are in git, so the stamp says whether it ran here
+    output: 'data/results/{run}.json', touch('data/runs/{run}/done')
     log: notebook='data/runs/{run}/{run}.ipynb'
     params: fingerprint=lambda w: fingerprint(w.run)
     threads: 1

@@ -1,10 +1,10 @@
 """How much faster are packed faces than photos and part files?  python benchmarks/loader.py
 
-One core, one run. The files are decoded at their full 512 px (photo plus up to 18 part pictures merged into a label
+One core, one run. The files are decoded at their full 512 px (photo plus up to 18 part images merged into a label
 map, nothing resized). Packed faces are read in random order in batches of 32, from a set that is repeated until it
 is larger than a processor's cache, and what is read is compared with what was decoded. The goal is held against the
 stored bytes at 512 px; a float `Face` is printed beside it, because it is four to eight times as many bytes to write.
-Uses CelebAMask-HQ under FACEGEN_FACES where that is set, else drawn faces of 512 px.
+Uses CelebAMask-HQ under FACEGEN_FACES where that is set, else toy faces of 512 px.
 """
 import os
 os.environ['OMP_NUM_THREADS'] = '1'
@@ -16,9 +16,11 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
-from facegen.faces import Faces, load_faces, prepare
-from facegen.layouts import read_raw
-from facegen.packing import decode, paint
+
+from facegen.data.faces import Faces, load_faces, prepare
+from facegen.data.layouts import read_raw
+from facegen.data.packing import decode, merge_parts
+from facegen.synthetic.toyfaces import write_toyfaces
 
 GOAL, SECONDS, BATCH, BYTES = 150, 4, 32, 512*2**20
 
@@ -28,25 +30,27 @@ def rate(read, n: int) -> float:
     rng = np.random.default_rng(0)
     read(rng.integers(0, n, BATCH))
     done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < SECONDS: done += read(rng.integers(0, n, BATCH))
+    while time.perf_counter() - start < SECONDS:
+        done += read(rng.integers(0, n, BATCH))
     return done/(time.perf_counter() - start)
 
 
 def faces_at_512(tmp: Path) -> Path:
-    "Real faces if there are any here, else drawn ones"
+    "Real faces if there are any here, else toy faces"
     real = os.environ.get('FACEGEN_FACES', '')
     if real: return Path(real)/'CelebAMask-HQ'
-    from facegen.toyfaces import write_toyfaces
-    return Path(write_toyfaces(tmp/'toyfaces', 64, size=512))
+    return write_toyfaces(tmp/'toyfaces', 64, size=512)
 
 
 def decode_all(src: Path):
     "A reader of photos and part files, as a loader without packing needs it"
     _, raws, problems = read_raw(src)
-    if problems: sys.exit(f'{src} has problems: {problems[0]}')
+    if problems:
+        sys.exit(f'{src} has problems: {problems[0]}')
     def one(raw):
         image = np.asarray(Image.open(src/raw.image).convert('RGB'))
-        return image, np.asarray(paint({c: Image.open(src/f) for c, f in raw.masks.items()}))
+        parts = {c: Image.open(src/f) for c, f in raw.masks.items()}
+        return image, np.asarray(merge_parts(parts))
     def read(rows): return len([one(raws[i]) for i in rows])
     return read, len(raws), sum(len(r.masks) for r in raws)/len(raws)
 
@@ -57,7 +61,8 @@ def large(src: Path, tmp: Path, size: int) -> Faces:
     for i, raw in list(enumerate(read_raw(src)[1]))[::16]:
         image, mask = load_faces(once).uint8([i])
         want = decode(src, raw, size, [])
-        if not (np.array_equal(image[0], want[0]) and np.array_equal(mask[0], want[1])): sys.exit(f'face {raw.id} was packed wrongly')
+        if not (np.array_equal(image[0], want[0]) and np.array_equal(mask[0], want[1])):
+            sys.exit(f'face {raw.id} was packed wrongly')
     datasets.disable_progress_bars()
     rows = datasets.load_from_disk(str(once))
     datasets.concatenate_datasets([rows]*(1 + BYTES//(len(rows)*4*size**2))).save_to_disk(tmp/f'large{size}')
@@ -76,7 +81,9 @@ if __name__ == '__main__':
         ratio = {}
         for size in (512, 256, 128, 64):
             faces = large(src, Path(tmp), size)
-            for what, read in (('stored bytes', lambda rows: len(faces.uint8(rows)[0])), ('Face, float', lambda rows: len(faces[rows].image))):
+            def stored(rows): return len(faces.uint8(rows)[0])
+            def floats(rows): return len(faces[rows].image)
+            for what, read in (('stored bytes', stored), ('Face, float', floats)):
                 speed = rate(read, len(faces))
                 ratio[size, what] = speed/base
                 print(f'{f"packed {size} px, {what}":44}{speed:10.0f} faces/s{speed/base:10.0f} x')

@@ -10,16 +10,16 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from facegen import saving
-from facegen.faces import Face
-from facegen.loss import diffusion_loss
-from facegen.noise import make_scheduler
-from facegen.plan import TrainConfig
-from facegen.training import train
+from facegen.training import checkpoint
+from facegen.data.faces import Face
+from facegen.diffusion.losses import diffusion_loss
+from facegen.diffusion.schedules import make_scheduler
+from facegen.training.config import TrainConfig
+from facegen.training.loop import train
 
 TRIALS, STEPS = 20, 24
 CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['pytest', 'diffusers', 'facegen.training', 'diffusers.models.unets.unet_2d'])
+CONTEXT.set_forkserver_preload(['pytest', 'diffusers', 'facegen.training.loop', 'diffusers.models.unets.unet_2d'])
 
 
 class Net(nn.Module):
@@ -27,8 +27,10 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.unet = UNet2DModel(sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, dropout=.2,
-                                attention_head_dim=8, down_block_types=('DownBlock2D', 'AttnDownBlock2D'), up_block_types=('AttnUpBlock2D', 'UpBlock2D'))
+        self.unet = UNet2DModel(
+            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, dropout=.2,
+            attention_head_dim=8, down_block_types=('DownBlock2D', 'AttnDownBlock2D'),
+            up_block_types=('AttnUpBlock2D', 'UpBlock2D'))
         self.big = nn.Parameter(torch.ones(60_000)) # makes the checkpoint a megabyte, so that writing takes its time
 
     def forward(self, x, t, cond=None): return self.unet(x, t).sample*self.big.mean()
@@ -40,11 +42,14 @@ class Faces:
 
     def __len__(self): return len(self.ids)
 
-    def __getitem__(self, rows): return Face(self.image[rows], torch.zeros(len(rows), 40), torch.zeros(len(rows), 8, 8, dtype=torch.int64))
+    def __getitem__(self, rows):
+        n = len(rows)
+        return Face(self.image[rows], torch.zeros(n, 40), torch.zeros(n, 8, 8, dtype=torch.int64))
 
 
 def steps(folder, workers=0):
-    cfg = TrainConfig(steps=STEPS, batch=4, micro=3, lr=1e-2, warmup=3, ema=.9, save_every=2, workers=workers, device='cpu')
+    cfg = TrainConfig(
+        steps=STEPS, batch=4, micro=3, lr=1e-2, warmup=3, ema=.9, save_every=2, workers=workers, device='cpu')
     return train(Net(), Faces(), diffusion_loss(make_scheduler()), cfg, folder)
 
 
@@ -52,13 +57,14 @@ def child(folder, started, workers):
     torch.set_num_threads(1)
     multiprocessing.set_start_method('fork', force=True) # for the loader's workers: what a process of its own would use
     started.set()
-    for _ in steps(folder, workers): pass
+    for _ in steps(folder, workers):
+        pass
 
 
 def dies_at(folder, name, call):
     "Train, and die in the `call`-th call of a function that writes; save_file dies with half of the file written"
     torch.set_num_threads(1)
-    place = os if name == 'replace' else saving
+    place = os if name == 'replace' else checkpoint
     real, calls = getattr(place, name), []
     def deadly(*args, **keys):
         calls.append(1)
@@ -68,25 +74,29 @@ def dies_at(folder, name, call):
             os.truncate(args[1], os.path.getsize(args[1])//2)
         os.kill(os.getpid(), signal.SIGKILL)
     setattr(place, name, deadly)
-    for _ in steps(folder): pass
+    for _ in steps(folder):
+        pass
 
 
 def run(folder, delay=None, workers=0, aim=False):
-    "Train in a process of its own; kill it `delay` seconds after its start, or at the next checkpoint. Return its exit code"
+    "Train in a process; kill it `delay` seconds after its start, or at the next checkpoint. Return its exit code"
     started = CONTEXT.Event()
     process = CONTEXT.Process(target=child, args=(folder, started, workers))
     process.start()
     assert started.wait(60)
     process.join(delay)
-    while aim and process.is_alive() and not (Path(folder)/'state.tmp').exists(): pass
-    if delay is not None: process.kill()
+    while aim and process.is_alive() and not (Path(folder)/'state.tmp').exists():
+        pass
+    if delay is not None:
+        process.kill()
     process.join()
     return process.exitcode
 
 
 def same(a, b):
-    (about_a, a), (about_b, b) = saving.read_tensors(a/'state.safetensors'), saving.read_tensors(b/'state.safetensors')
-    return about_a['step'] == about_b['step'] == STEPS and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    (meta_a, a), (meta_b, b) = (checkpoint.read_tensors(folder/'state.safetensors') for folder in (a, b))
+    if not meta_a['step'] == meta_b['step'] == STEPS: return False
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope='module')
@@ -115,7 +125,8 @@ def test_killed_at_random_moments(undisturbed, tmp_path):
         kills = 0
         for attempt in range(9): # a process that ended before the signal came is no trial
             folder = tmp_path/f'{trial}_{attempt}'
-            kills, writing = disturbed(folder, seconds/2**attempt, chance, workers=int(trial % 5 == 0)) # orphaned workers need five seconds to notice
+            workers = int(trial % 5 == 0)  # orphaned workers need five seconds to notice
+            kills, writing = disturbed(folder, seconds/2**attempt, chance, workers)
             if kills: break
         assert kills, 'the run is too short to be killed'
         good, total, half = good + same(whole, folder), total + kills, half + writing

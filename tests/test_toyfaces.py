@@ -1,4 +1,4 @@
-"""Drawn faces: exact masks, visible attributes, CelebA's frequencies, independence of batch, size and workers, official layout."""
+"""Toy faces: exact masks, visible attributes, CelebA's shares, the same in every batch and size, official layout."""
 import hashlib
 from pathlib import Path
 
@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from facegen.canvas import Canvas, ellipse, hue, paint, patch, swell, tri
-from facegen.chances import HIDES, factors, sample_attributes
-from facegen.faces import ATTRIBUTES, PARTS, Face, flip
-from facegen.toyfaces import STYLES, blur, draw_face, draw_faces, write_toyfaces
+from facegen.core import ATTRIBUTES, PARTS
+from facegen.data.faces import Face, flip_faces
+from facegen.synthetic.attribute_sampling import OCCLUSIONS, sample_attributes, sample_factors
+from facegen.synthetic.canvas import Canvas, ellipse, hex_colour, paint, parabola_wave, triangle_wave, window
+from facegen.synthetic.toyfaces import STYLES, gaussian_blur, render_face, render_faces, write_toyfaces
 
 COL = {a: i for i, a in enumerate(ATTRIBUTES)}
 # Shares of each attribute over the 202,599 pictures of CelebA, as published
@@ -22,7 +23,7 @@ def same(a: Face, b: Face) -> bool: return all(torch.equal(x, y) for x, y in zip
 
 
 @pytest.fixture(scope='module')
-def crowd(): return draw_faces(n=300, seed=7)
+def crowd(): return render_faces(n=300, seed=7)
 
 
 @pytest.fixture(scope='module')
@@ -30,7 +31,8 @@ def attrs(): return sample_attributes(8000, seed=1)
 
 
 def test_shapes_ranges_and_types(crowd):
-    assert crowd.image.shape == (300, 3, 64, 64) and crowd.attrs.shape == (300, 40) and crowd.mask.shape == (300, 64, 64)
+    assert crowd.image.shape == (300, 3, 64, 64) and crowd.mask.shape == (300, 64, 64)
+    assert crowd.attrs.shape == (300, 40)
     assert crowd.image.dtype == torch.float32 and crowd.mask.dtype == torch.int64 and crowd.attrs.dtype == torch.float32
     assert crowd.image.min() >= -1 and crowd.image.max() <= 1 and crowd.image.isfinite().all()
     assert set(crowd.attrs.unique().tolist()) == {0, 1} and set(crowd.mask.unique().tolist()) == set(range(19))
@@ -41,7 +43,8 @@ def test_shapes_ranges_and_types(crowd):
 def test_shares_are_those_of_celeba(attrs):
     shares = torch.tensor(list(map(float, CELEBA.split())))
     gap = (attrs.mean(0) - shares).abs()
-    assert gap.max() < .025, {ATTRIBUTES[i]: (round(attrs[:, i].mean().item(), 3), shares[i].item()) for i in gap.argsort()[-3:]}
+    worst = {ATTRIBUTES[i]: (round(attrs[:, i].mean().item(), 3), shares[i].item()) for i in gap.argsort()[-3:]}
+    assert gap.max() < .025, worst
 
 
 def test_exclusions(attrs):
@@ -49,65 +52,73 @@ def test_exclusions(attrs):
     hair = torch.stack([has(f'{c}_Hair') for c in ('Black', 'Blond', 'Brown', 'Gray')])
     assert hair.sum(0).max() == 1 and not (has('Bald') & hair.any(0)).any()
     assert not (has('Straight_Hair') & has('Wavy_Hair')).any() and not (has('Bangs') & has('Receding_Hairline')).any()
-    for beard in ('5_o_Clock_Shadow', 'Goatee', 'Mustache', 'Sideburns'): assert not (has(beard) & has('No_Beard')).any()
+    for beard in ('5_o_Clock_Shadow', 'Goatee', 'Mustache', 'Sideburns'):
+        assert not (has(beard) & has('No_Beard')).any()
     assert has('No_Beard')[~has('Male')].all()
-    for winner, losers in HIDES.items():
-        for loser in losers.split(): assert not (has(winner) & has(loser)).any(), (winner, loser)
+    for winner, losers in OCCLUSIONS.items():
+        for loser in losers.split():
+            assert not (has(winner) & has(loser)).any(), (winner, loser)
 
 
-def test_attributes_hang_together_as_in_celeba(attrs):
+def test_attributes_correlate_as_in_celeba(attrs):
     share = lambda a, given, value: attrs[attrs[:, COL[given]] == value, COL[a]].mean().item()
-    for a, given in (('High_Cheekbones', 'Smiling'), ('Mouth_Slightly_Open', 'Smiling'), ('Heavy_Makeup', 'Wearing_Lipstick'),
-                     ('Goatee', 'Male'), ('Bushy_Eyebrows', 'Male'), ('Double_Chin', 'Chubby'), ('Attractive', 'Young')):
+    for a, given in (('High_Cheekbones', 'Smiling'), ('Mouth_Slightly_Open', 'Smiling'),
+                     ('Heavy_Makeup', 'Wearing_Lipstick'), ('Goatee', 'Male'), ('Bushy_Eyebrows', 'Male'),
+                     ('Double_Chin', 'Chubby'), ('Attractive', 'Young')):
         assert share(a, given, 1) > 2*share(a, given, 0), (a, given)
-    assert share('Wearing_Lipstick', 'Male', 1) < .03 and share('Gray_Hair', 'Young', 0) > 5*share('Gray_Hair', 'Young', 1)
+    assert share('Wearing_Lipstick', 'Male', 1) < .03
+    assert share('Gray_Hair', 'Young', 0) > 5*share('Gray_Hair', 'Young', 1)
 
 
 def test_factors_are_uniform_and_know_nothing_of_attributes():
     n = 4000
-    f, a = torch.stack([v.flatten() for v in vars(factors(n, seed=3)).values()]), sample_attributes(n, seed=3).T
+    f, a = torch.stack([v.flatten() for v in vars(sample_factors(n, seed=3)).values()]), sample_attributes(n, seed=3).T
     assert (f.mean(1) - .5).abs().max() < .03 and f.min() >= 0 and f.max() < 1
     z = lambda x: (x - x.mean(1, keepdim=True))/x.std(1, keepdim=True)
     assert (z(f) @ z(a).T/n).abs().max() < .085          # 1600 pairs: 5 standard errors
     assert ((z(f) @ z(f).T/n) - torch.eye(len(f))).abs().max() < .085
 
 
-# -- one face, whatever the company
+# -- one face, in every batch
 
 @pytest.mark.parametrize('style', STYLES)
 def test_face_i_does_not_depend_on_n_or_on_chunks(style):
-    many = draw_faces(n=80, seed=4, style=style, size=48)
-    for i in (0, 31, 32, 56, 79): assert same(draw_faces(n=1, seed=4, first=i, style=style, size=48), Face(*(x[i:i+1] for x in many))), i
-    assert same(draw_faces(n=13, seed=4, first=27, style=style, size=48), Face(*(x[27:40] for x in many)))
+    many = render_faces(n=80, seed=4, style=style, size=48)
+    for i in (0, 31, 32, 56, 79):
+        assert same(render_faces(n=1, seed=4, first=i, style=style, size=48), Face(*(x[i:i+1] for x in many))), i
+    assert same(render_faces(n=13, seed=4, first=27, style=style, size=48), Face(*(x[27:40] for x in many)))
 
 
 def test_the_same_bits_with_more_threads():
-    one, before = draw_faces(n=24, seed=9), torch.get_num_threads()
-    try: torch.set_num_threads(2); assert same(one, draw_faces(n=24, seed=9))
+    one, before = render_faces(n=24, seed=9), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert same(one, render_faces(n=24, seed=9))
     finally: torch.set_num_threads(before)
 
 
 def test_seeds_and_given_attributes():
-    a, b = draw_faces(n=3, seed=1), draw_faces(n=3, seed=2)
+    a, b = render_faces(n=3, seed=1), render_faces(n=3, seed=2)
     assert not torch.equal(a.image, b.image)
-    assert same(draw_faces(a.attrs, seed=1), a)
-    some = torch.full((3, 40), torch.nan); some[:, COL['Smiling']] = 1
-    drawn = draw_faces(some, seed=1).attrs
+    assert same(render_faces(a.attrs, seed=1), a)
+    some = torch.full((3, 40), torch.nan)
+    some[:, COL['Smiling']] = 1
+    drawn = render_faces(some, seed=1).attrs
     assert (drawn[:, COL['Smiling']] == 1).all() and not drawn.isnan().any()
     rest = torch.arange(40) != COL['Smiling']
     assert torch.equal(drawn[:, rest], a.attrs[:, rest])
 
 
 def test_one_face_by_names():
-    face = draw_face('Smiling', 'Goatee', 'Male', seed=2)
+    face = render_face('Smiling', 'Goatee', 'Male', seed=2)
     assert face.image.shape == (3, 64, 64) and face.mask.shape == (64, 64)
     assert {ATTRIBUTES[i] for i in face.attrs.nonzero().flatten()} == {'Smiling', 'Goatee', 'Male', 'Young'}
-    assert draw_face('Smiling').attrs[COL['No_Beard']] == 1
+    assert render_face('Smiling').attrs[COL['No_Beard']] == 1
 
 
 @pytest.mark.parametrize('size', [32, 100, 512])
 def test_every_size_shows_the_same_face(size):
-    small, big = draw_faces(n=2, seed=6, size=64), draw_faces(n=2, seed=6, size=size)
+    small, big = render_faces(n=2, seed=6, size=64), render_faces(n=2, seed=6, size=size)
     assert big.image.shape[-1] == size
     resized = torch.nn.functional.interpolate(big.image, size=(64, 64), mode='bilinear', antialias=True)
     assert (resized - small.image).abs().mean() < (.06 if size < 64 else .035)
@@ -115,20 +126,20 @@ def test_every_size_shows_the_same_face(size):
     assert (nearest == small.mask).float().mean() > (.90 if size < 64 else .94)
 
 
-# -- picture and mask
+# -- image and mask
 
 def test_masks_are_the_shapes_that_are_painted():
     n, size = 4, 96
     z = torch.zeros(n, 1, 1)
     k = Canvas(n, size, z, z+.1, z+1, torch.linspace(-.4, .4, n).view(n, 1, 1))
-    p = patch(k, -.8, -.6, .8, .6)
+    p = window(k, -.8, -.6, .8, .6)
     k.image[:] = 0
-    paint(k, p, ellipse(p, 0., 0., .6, .35, .3), hue('ffffff'), 'hat')
+    paint(k, p, ellipse(p, 0., 0., .6, .35, .3), hex_colour('ffffff'), 'hat')
     assert torch.equal(k.mask > 0, k.image[0] > .5) and (k.image[:, :, 0] == 0).all()
 
 
 def test_both_styles_share_geometry():
-    flat, ink = (draw_faces(n=16, seed=5, style=s) for s in STYLES)
+    flat, ink = (render_faces(n=16, seed=5, style=s) for s in STYLES)
     assert torch.equal(flat.mask, ink.mask) and torch.equal(flat.attrs, ink.attrs)
     assert (flat.image - ink.image).abs().mean() > .1
 
@@ -140,7 +151,7 @@ def test_left_is_the_sitters_left(crowd):
         both = (l.sum((1, 2)) > 3) & (r.sum((1, 2)) > 3)
         where = lambda m: (m[both]*x).sum((1, 2))/m[both].sum((1, 2))
         assert both.sum() > 50 and (where(l) > where(r)).all(), left   # on the right of the picture
-    mirrored = flip(Face(*(x[:20] for x in crowd)))
+    mirrored = flip_faces(Face(*(x[:20] for x in crowd)))
     assert ((mirrored.mask == PARTS.index('l_eye')) * x).sum() > ((mirrored.mask == PARTS.index('r_eye')) * x).sum()
 
 
@@ -154,40 +165,48 @@ def test_left_agrees_with_the_real_masks(real_faces):
 
 def test_attributes_show_in_the_mask_where_they_have_a_class(crowd):
     area = lambda part: (crowd.mask == PARTS.index(part)).sum((1, 2))
-    for name, part in (('Wearing_Hat', 'hat'), ('Eyeglasses', 'eye_g'), ('Wearing_Earrings', 'ear_r'), ('Wearing_Necklace', 'neck_l')):
+    classes = dict(Wearing_Hat='hat', Eyeglasses='eye_g', Wearing_Earrings='ear_r', Wearing_Necklace='neck_l')
+    for name, part in classes.items():
         assert torch.equal(area(part) > 0, crowd.attrs[:, COL[name]] > 0), name
     assert (area('mouth')[crowd.attrs[:, COL['Mouth_Slightly_Open']] == 0] == 0).all()
-    for part in ('skin', 'nose', 'l_eye', 'r_eye', 'u_lip', 'l_lip', 'neck', 'cloth'): assert (area(part) > 0).all(), part
+    for part in ('skin', 'nose', 'l_eye', 'r_eye', 'u_lip', 'l_lip', 'neck', 'cloth'):
+        assert (area(part) > 0).all(), part
 
 
 # -- every attribute shows
 
 @pytest.fixture(scope='module')
 def flips():
-    "name -> pixels that change clearly, when the bit alone is flipped: (faces, changed in the picture, changed in the mask)"
-    base = draw_faces(n=24, seed=3)
+    "name -> pixels that change clearly, when the bit alone is flipped: (faces, changed in the image, in the mask)"
+    never_together = {'Straight_Hair': 'Bald Wavy_Hair', 'Wavy_Hair': 'Bald Straight_Hair'}
+    base = render_faces(n=24, seed=3)
     has = lambda name: base.attrs[:, COL[name]] > 0
     out = {}
     for name, j in COL.items():
-        bits = base.attrs.clone(); bits[:, j] = 1 - bits[:, j]
-        other = draw_faces(bits, seed=3)
+        bits = base.attrs.clone()
+        bits[:, j] = 1 - bits[:, j]
+        other = render_faces(bits, seed=3)
         seen = ((other.image - base.image).abs().amax(1) > .2).sum((1, 2)).float()
-        rivals = {'Straight_Hair': 'Bald Wavy_Hair', 'Wavy_Hair': 'Bald Straight_Hair'}.get(name, '').split()  # never seen together
+        rivals = never_together.get(name, '').split()
         ok = ~torch.stack([has(r) for r in ['Blurry', *rivals]]).any(0)
         out[name] = seen[ok], (other.mask != base.mask).sum((1, 2))[ok]
     return out
 
 
 @pytest.mark.parametrize('name', ATTRIBUTES)
-def test_flipping_one_attribute_changes_the_picture(flips, name):
+def test_flipping_one_attribute_changes_the_image(flips, name):
     seen, mask = flips[name]
-    if name == 'Attractive': assert seen.max() == 0 and mask.max() == 0
-    else: assert len(seen) >= 10 and seen.median() >= 12 and (seen >= 6).float().mean() > .75, f'{name}: {seen.int().tolist()}'
+    if name == 'Attractive':
+        assert seen.max() == 0 and mask.max() == 0
+    else:
+        counts = f'{name}: {seen.int().tolist()}'
+        assert len(seen) >= 10 and seen.median() >= 12 and (seen >= 6).float().mean() > .75, counts
 
 
 def test_colour_and_paint_leave_the_mask_alone(flips):
-    for name in '''Black_Hair Blond_Hair Brown_Hair Gray_Hair Pale_Skin Blurry Rosy_Cheeks Heavy_Makeup Wearing_Lipstick High_Cheekbones
-                   Bags_Under_Eyes'''.split(): assert flips[name][1].max() == 0, name
+    for name in '''Black_Hair Blond_Hair Brown_Hair Gray_Hair Pale_Skin Blurry Rosy_Cheeks Heavy_Makeup
+                   Wearing_Lipstick High_Cheekbones Bags_Under_Eyes'''.split():
+        assert flips[name][1].max() == 0, name
 
 
 def test_a_mask_does_not_tell_gender(crowd):
@@ -200,40 +219,48 @@ def test_a_mask_does_not_tell_gender(crowd):
 
 def test_blur_keeps_light_and_softens():
     x = torch.rand(2, 3, 20, 20, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(blur(torch.ones(1, 20, 20), 2.), torch.ones(1, 20, 20), atol=1e-5)
-    assert blur(x, 2.).std() < .4*x.std()
+    assert torch.allclose(gaussian_blur(torch.ones(1, 20, 20), 2.), torch.ones(1, 20, 20), atol=1e-5)
+    assert gaussian_blur(x, 2.).std() < .4*x.std()
 
 
 def test_waves_are_periodic():
     t = torch.linspace(-3, 3, 101)
-    for w in (tri, swell): assert torch.allclose(w(t), w(t+1), atol=1e-5)
+    for w in (triangle_wave, parabola_wave):
+        assert torch.allclose(w(t), w(t+1), atol=1e-5)
 
 
 # -- bad input
 
 @pytest.mark.parametrize('kw, says', [
-    (dict(n=1, style='oil'), 'choose from flat, ink'), (dict(), 'how many faces'), (dict(n=1, size=4), 'use 16 or more'),
+    (dict(n=1, style='oil'), 'choose from flat, ink'),
+    (dict(), 'how many faces'),
+    (dict(n=1, size=4), 'use 16 or more'),
     (dict(attrs=torch.zeros(3, 39)), r'\(n,40\)'), (dict(attrs=-torch.ones(1, 40)), '0, 1 or NaN')])
 def test_wrong_calls_say_what_to_do(kw, says):
-    with pytest.raises(ValueError, match=says): draw_faces(**kw)
+    with pytest.raises(ValueError, match=says):
+        render_faces(**kw)
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match='Smile'): draw_face('Smile')
+    with pytest.raises(ValueError, match='Smile'):
+        render_face('Smile')
 
 
 # -- on disk
 
 def digest(folder: Path) -> dict:
-    return {p.relative_to(folder).as_posix(): hashlib.md5(p.read_bytes()).hexdigest() for p in sorted(folder.rglob('*')) if p.is_file()}
+    "The checksum of every file in a folder"
+    files = sorted(p for p in folder.rglob('*') if p.is_file())
+    return {p.relative_to(folder).as_posix(): hashlib.md5(p.read_bytes()).hexdigest() for p in files}
 
 
 @pytest.fixture(scope='module')
-def written(tmp_path_factory): return write_toyfaces(tmp_path_factory.mktemp('toy')/'crowd', 70, size=48, seed=8, workers=1)
+def written(tmp_path_factory):
+    return write_toyfaces(tmp_path_factory.mktemp('toy')/'crowd', 70, size=48, seed=8, workers=1)
 
 
 def test_official_layout(written):
-    face = draw_faces(n=70, size=48, seed=8)
+    face = render_faces(n=70, size=48, seed=8)
     lines = (written/'CelebAMask-HQ-attribute-anno.txt').read_text().splitlines()
     assert lines[0] == '70' and lines[1].split() == ATTRIBUTES and len(lines) == 72
     for i in (0, 69):
@@ -246,7 +273,8 @@ def test_official_layout(written):
         path = written/'CelebAMask-HQ-mask-anno'/'0'/f'00069_{part}.png'
         assert path.exists() == bool((face.mask[69] == PARTS.index(part)).any()), part
         if path.exists():
-            png = np.array(Image.open(path).convert('L')); assert set(png.flatten()) <= {0, 255}
+            png = np.array(Image.open(path).convert('L'))
+            assert set(png.flatten()) <= {0, 255}
             mask[png > 0] = PARTS.index(part)
     assert (mask == face.mask[69].numpy()).all()
 
@@ -271,28 +299,33 @@ def test_bytes_do_not_depend_on_workers(written, tmp_path):
 
 
 def test_nothing_is_left_half_written(tmp_path, monkeypatch):
-    import facegen.toyfaces as t
+    import facegen.synthetic.toyfaces as t
     monkeypatch.setattr(t, 'write_chunk', lambda *a: (_ for _ in ()).throw(OSError('disk full')))
-    with pytest.raises(OSError, match='disk full'): t.write_toyfaces(tmp_path/'crowd', 3)
+    with pytest.raises(OSError, match='disk full'):
+        t.write_toyfaces(tmp_path/'crowd', 3)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_folder_is_left_alone(tmp_path):
     (tmp_path/'mine.txt').write_text('x')
-    with pytest.raises(FileExistsError, match='not empty'): write_toyfaces(tmp_path, 2)
+    with pytest.raises(FileExistsError, match='not empty'):
+        write_toyfaces(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ['mine.txt']
 
 
 def test_an_empty_folder_is_filled(tmp_path):
     (tmp_path/'crowd').mkdir()
     assert (write_toyfaces(tmp_path/'crowd', 1, size=32)/'CelebA-HQ-img'/'0.jpg').is_file()
-    with pytest.raises(ValueError, match='one or more'): write_toyfaces(tmp_path/'none', 0)
+    with pytest.raises(ValueError, match='one or more'):
+        write_toyfaces(tmp_path/'none', 0)
 
 
 def test_prepare_reads_it_back(written, tmp_path):
-    from facegen.faces import load_faces, prepare
-    faces, drawn = load_faces(prepare(written, tmp_path/'packed', size=48, workers=1)), draw_faces(n=70, size=48, seed=8)
+    from facegen.data.faces import load_faces, prepare
+    faces = load_faces(prepare(written, tmp_path/'packed', size=48, workers=1))
+    drawn = render_faces(n=70, size=48, seed=8)
     order = [int(i) for i in faces.ids]
     batch = faces[list(range(70))]
-    assert sorted(order) == list(range(70)) and torch.equal(batch.mask, drawn.mask[order]) and torch.equal(batch.attrs, drawn.attrs[order])
+    assert sorted(order) == list(range(70))
+    assert torch.equal(batch.mask, drawn.mask[order]) and torch.equal(batch.attrs, drawn.attrs[order])
     assert (batch.image - drawn.image[order]).abs().mean() < .03

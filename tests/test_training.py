@@ -7,12 +7,12 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from facegen.faces import Face
-from facegen.noise import PREDICTIONS, make_scheduler, target
-from facegen.loss import Draw, diffusion_loss, weighting
-from facegen.plan import Batches, TrainConfig, lr_at
-from facegen.saving import load_weights
-from facegen.training import averaged, train
+from facegen.data.faces import Face
+from facegen.diffusion.schedules import PREDICTIONS, make_scheduler, training_target
+from facegen.diffusion.losses import StepRandom, diffusion_loss, weighting
+from facegen.training.config import Batches, TrainConfig, lr_at
+from facegen.training.checkpoint import load_weights
+from facegen.training.loop import ema_weights, train
 
 torch.set_num_threads(1)
 
@@ -22,15 +22,19 @@ class Net(nn.Module):
     def __init__(self, drop=0., width=8):
         super().__init__()
         torch.manual_seed(0)
-        self.time, self.inner, self.norm = nn.Embedding(1000, width), nn.Conv2d(3, width, 3, padding=1), nn.GroupNorm(2, width)
+        self.time, self.inner = nn.Embedding(1000, width), nn.Conv2d(3, width, 3, padding=1)
+        self.norm = nn.GroupNorm(2, width)
         self.drop, self.outer = nn.Dropout(drop), nn.Conv2d(width, 3, 3, padding=1)
 
-    def forward(self, x, t, cond=None): return self.outer(self.drop(self.norm(self.inner(x) + self.time(t)[..., None, None]).relu()))
+    def forward(self, x, t, cond=None):
+        x = self.inner(x) + self.time(t)[..., None, None]
+        return self.outer(self.drop(self.norm(x).relu()))
 
 
 class Faces:
     def __init__(self, n=11, size=8):
-        self.image, self.ids = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(1))*2 - 1, [f'{i:06}' for i in range(n)]
+        self.image = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(1))*2 - 1
+        self.ids = [f'{i:06}' for i in range(n)]
 
     def __len__(self): return len(self.ids)
 
@@ -42,7 +46,9 @@ class Faces:
 LOSS = diffusion_loss(make_scheduler())
 
 
-def config(**keys): return TrainConfig(**dict(dict(steps=12, batch=4, lr=1e-2, warmup=3, ema=.9, device='cpu', save_every=5), **keys))
+def config(**keys):
+    small = dict(steps=12, batch=4, lr=1e-2, warmup=3, ema=.9, device='cpu', save_every=5)
+    return TrainConfig(**small | keys)
 
 
 def state(model=None, faces=None, loss=LOSS, folder=None, **keys):
@@ -60,8 +66,11 @@ def close(a, b, tol=1e-5): return a.keys() == b.keys() and all(torch.allclose(a[
 # One seed, one result
 
 def test_one_seed_gives_the_same_bits():
-    torch.manual_seed(1); a, steps = state()
-    torch.manual_seed(2); torch.rand(99); b, again = state()
+    torch.manual_seed(1)
+    a, steps = state()
+    torch.manual_seed(2)
+    torch.rand(99)
+    b, again = state()
     assert equal(a, b) and [s.loss for s in steps] == [s.loss for s in again]
     assert not equal(a, state(seed=1)[0])
 
@@ -81,18 +90,21 @@ def test_slices_do_not_matter(micro):
 def test_what_the_caller_does_between_steps_does_not_matter():
     model = Net(.2)
     for step in train(model, Faces(), LOSS, config()):
-        torch.manual_seed(step.step); torch.rand(step.step)
-        with averaged(model, step): model(torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64))
+        torch.manual_seed(step.step)
+        torch.rand(step.step)
+        with ema_weights(model, step):
+            model(torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64))
     assert equal(model.state_dict() | {f'ema {i}': x for i, x in enumerate(step.ema.shadow_params)}, state()[0])
     assert not model.training, 'sampling must not meet dropout'
 
 
-def test_draws_are_rows_of_one_stream():
-    whole, parts = Draw(3, 7, 6), [Draw(3, 7, 6, a, a+2) for a in (0, 2, 4)]
-    for draw in (lambda d, n: d.randn((n, 3, 2, 2)), lambda d, n: d.rand(n), lambda d, n: d.randint(5, 9, n)):
+def test_random_numbers_are_rows_of_one_stream():
+    whole, parts = StepRandom(3, 7, 6), [StepRandom(3, 7, 6, a, a+2) for a in (0, 2, 4)]
+    for draw in (lambda r, n: r.randn((n, 3, 2, 2)), lambda r, n: r.rand(n), lambda r, n: r.randint(5, 9, n)):
         assert torch.equal(draw(whole, 6), torch.cat([draw(p, 2) for p in parts]))
-    assert not torch.equal(Draw(3, 7, 6).rand(6), Draw(3, 8, 6).rand(6))
-    with pytest.raises(ValueError, match='draw for all 2 faces of the slice at once, not for 1'): Draw(3, 7, 6, 0, 2).rand(1)
+    assert not torch.equal(StepRandom(3, 7, 6).rand(6), StepRandom(3, 8, 6).rand(6))
+    with pytest.raises(ValueError, match='draw for all 2 faces of the slice at once, not for 1'):
+        StepRandom(3, 7, 6, 0, 2).rand(1)
 
 
 @pytest.mark.parametrize('n,batch', [(11, 4), (3, 8), (4, 4), (1, 2)])
@@ -100,12 +112,14 @@ def test_every_face_is_seen_equally_often(n, batch):
     order = Batches(Faces(n), config(batch=batch), 0, batch)
     seen = torch.cat([order[step][0] for step in range(n)]) # n batches of `batch`: every face `batch` times
     assert (seen.bincount(minlength=n) == batch).all()
-    for epoch in seen[:batch*n].split(n): assert epoch.sort().values.tolist() == list(range(n))
+    for epoch in seen[:batch*n].split(n):
+        assert epoch.sort().values.tolist() == list(range(n))
 
 
-def test_half_of_the_faces_are_mirrored():
+def test_half_of_the_faces_are_flipped():
     faces, order = Faces(), Batches(Faces(), config(batch=50), 0, 50)
-    kept = torch.cat([(face.image == faces.image[rows]).flatten(1).all(1) for rows, face in map(order.__getitem__, range(20))])
+    batches = [order[step] for step in range(20)]
+    kept = torch.cat([(face.image == faces.image[rows]).flatten(1).all(1) for rows, face in batches])
     assert .45 < kept.float().mean() < .55
     rows, face = Batches(faces, config(flip=False), 0, 4)[0]
     assert torch.equal(face.image, faces.image[rows])
@@ -120,7 +134,8 @@ def test_learning_rate_equals_transformers(steps, warmup):
     schedule = get_cosine_schedule_with_warmup(opt, warmup, steps)
     for step in range(steps):
         assert lr_at(step, cfg) == pytest.approx(opt.param_groups[0]['lr'], rel=1e-12, abs=1e-18)
-        opt.step(); schedule.step()
+        opt.step()
+        schedule.step()
     assert lr_at(steps - 1, TrainConfig(steps=steps, warmup=0, decay='constant')) == TrainConfig().lr
 
 
@@ -128,14 +143,16 @@ def test_equals_a_plain_loop():
     "Twelve steps by hand with torch's own parts: loss, clipping, AdamW, schedule, average"
     cfg, model, faces, scheduler = config(clip=.5, weight_decay=.1), Net(0.), Faces(), make_scheduler()
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=.1)
-    schedule, ema = get_cosine_schedule_with_warmup(opt, cfg.warmup, cfg.steps), [p.detach().clone() for p in model.parameters()]
+    schedule = get_cosine_schedule_with_warmup(opt, cfg.warmup, cfg.steps)
+    ema = [p.detach().clone() for p in model.parameters()]
     for step in range(cfg.steps):
-        face, draw = Batches(faces, cfg, 0, 4)[step][1], Draw(cfg.seed, step, 4)
-        t, eps = draw.randint(0, 1000, 4), draw.randn(face.image.shape)
+        face, rng = Batches(faces, cfg, 0, 4)[step][1], StepRandom(cfg.seed, step, 4)
+        t, eps = rng.randint(0, 1000, 4), rng.randn(face.image.shape)
         opt.zero_grad()
         nn.functional.mse_loss(model(scheduler.add_noise(face.image, eps, t), t), eps).backward()
         nn.utils.clip_grad_norm_(model.parameters(), .5)
-        opt.step(); schedule.step()
+        opt.step()
+        schedule.step()
         decay = min(cfg.ema, 1 - (step + 1)**(-2/3))
         ema = [decay*e + (1 - decay)*p.detach() for e, p in zip(ema, model.parameters())]
     theirs = model.state_dict() | {f'ema {i}': x for i, x in enumerate(ema)}
@@ -155,48 +172,61 @@ def test_average_equals_emamodel_and_its_formula():
 @pytest.mark.parametrize('prediction', PREDICTIONS)
 def test_loss_asks_for_what_the_scheduler_predicts(prediction):
     scheduler, face, n = make_scheduler(prediction=prediction), Faces()[torch.arange(8)], 8
-    d = Draw(0, 0, n)
+    d = StepRandom(0, 0, n)
     t, eps = d.randint(0, 1000, n), d.randn(face.image.shape)
     a = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
     want = dict(epsilon=eps, sample=face.image, v_prediction=a.sqrt()*eps - (1 - a).sqrt()*face.image)[prediction]
-    each = diffusion_loss(scheduler)(lambda x, t: want, face, Draw(0, 0, n))
+    each = diffusion_loss(scheduler)(lambda x, t: want, face, StepRandom(0, 0, n))
     assert each.shape == (n,) and each.max() < 1e-10
-    zero = diffusion_loss(scheduler, weight=lambda t: t.float())(lambda x, t: 0*x, face, Draw(0, 0, n))
+    zero = diffusion_loss(scheduler, weight=lambda t: t.float())(lambda x, t: 0*x, face, StepRandom(0, 0, n))
     assert torch.allclose(zero, t*want.square().flatten(1).mean(1), rtol=1e-4)
 
 
-@pytest.mark.parametrize('prediction,zero', [*((p, False) for p in PREDICTIONS), ('sample', True), ('v_prediction', True)])
+ALL_PREDICTIONS = [*((p, False) for p in PREDICTIONS), ('sample', True), ('v_prediction', True)]
+
+
+@pytest.mark.parametrize('prediction,zero', ALL_PREDICTIONS)
 def test_weightings_are_their_published_formulas(prediction, zero):
-    "Factors of the error in what the network predicts, written with the signal-to-noise ratio r (Choi et al. 2022; Hang et al. 2023)"
+    "Factors of the error in what the network predicts, by signal-to-noise ratio r (Choi et al. 2022; Hang et al. 2023)"
     scheduler, t = make_scheduler(prediction=prediction, zero_snr=zero), torch.arange(1000)
-    a = scheduler.alphas_cumprod.double(); r = a/(1 - a)
+    a = scheduler.alphas_cumprod.double()
+    r = a/(1 - a)
     least = r.clamp(max=5)
     want = dict(epsilon=dict(p2=1/(1 + r), **{'min-snr': least/r}), sample=dict(p2=r/(1 + r), **{'min-snr': least}),
                 v_prediction=dict(p2=r/(1 + r)**2, **{'min-snr': least/(r + 1)}))[prediction]
     for name, w in want.items():
         got, ok = weighting(name, scheduler)(t), w.isfinite()
-        assert got.shape == t.shape and got.isfinite().all() and (got >= 0).all() and torch.allclose(got.double()[ok], w[ok], rtol=1e-3, atol=1e-6)
+        assert got.shape == t.shape and got.isfinite().all() and (got >= 0).all()
+        assert torch.allclose(got.double()[ok], w[ok], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize('name', ['p2', 'min-snr'])
 def test_one_weighting_says_the_same_for_every_prediction(name):
-    "The same mistake about the face, told as noise, face or velocity, costs the same"
-    x0, eps, t = Faces()[torch.arange(8)].image, torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.linspace(5, 990, 8).long()
+    "The same mistake about the face, as noise, face or velocity, costs the same"
+    x0, t = Faces()[torch.arange(8)].image, torch.linspace(5, 990, 8).long()
+    eps = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     cost = []
     for prediction in PREDICTIONS:
-        s = make_scheduler(prediction=prediction); a = s.alphas_cumprod[t].view(-1, 1, 1, 1)
+        s = make_scheduler(prediction=prediction)
+        a = s.alphas_cumprod[t].view(-1, 1, 1, 1)
         wrong = eps - .1*(a/(1 - a)).sqrt() # goes with x0 + .1 at the same noisy face
-        cost.append(weighting(name, s)(t)*(target(x0 + .1, wrong, t, s) - target(x0, eps, t, s)).square().mean((1, 2, 3)))
-    for c in cost[1:]: assert torch.allclose(c, cost[0], rtol=1e-3)
+        error = training_target(x0 + .1, wrong, t, s) - training_target(x0, eps, t, s)
+        cost.append(weighting(name, s)(t)*error.square().mean((1, 2, 3)))
+    for c in cost[1:]:
+        assert torch.allclose(c, cost[0], rtol=1e-3)
 
 
 def test_weighting_words():
     scheduler = make_scheduler()
     assert weighting('', scheduler) is None
-    with pytest.raises(ValueError, match="unknown weighting 'snr': it must be empty or one of p2, min-snr"): weighting('snr', scheduler)
-    t = torch.tensor([3, 3, 700]); assert weighting('p2', scheduler)(t)[0] == weighting('p2', scheduler)(t)[1]
-    face = Faces()[torch.arange(8)]; loss = lambda **k: diffusion_loss(scheduler, **k)(lambda x, t, *told: 0*x, face, Draw(0, 0, 8))
-    assert torch.allclose(loss(weight=weighting('min-snr', scheduler)), loss()*weighting('min-snr', scheduler)(Draw(0, 0, 8).randint(0, 1000, 8)))
+    with pytest.raises(ValueError, match="unknown weighting 'snr': it must be empty or one of p2, min-snr"):
+        weighting('snr', scheduler)
+    t = torch.tensor([3, 3, 700])
+    assert weighting('p2', scheduler)(t)[0] == weighting('p2', scheduler)(t)[1]
+    face = Faces()[torch.arange(8)]
+    loss = lambda **k: diffusion_loss(scheduler, **k)(lambda x, t, *cond: 0*x, face, StepRandom(0, 0, 8))
+    min_snr = weighting('min-snr', scheduler)
+    assert torch.allclose(loss(weight=min_snr), loss()*min_snr(StepRandom(0, 0, 8).randint(0, 1000, 8)))
 
 
 # What is trained
@@ -219,7 +249,8 @@ def test_a_parameter_without_gradient_is_named():
 def test_clipping_covers_all_trainable_parameters():
     "The length that is reported and clipped is that of the whole gradient, not of a part of the model"
     model, grads = Net(), {}
-    for n, p in model.named_parameters(): p.register_hook(lambda g, n=n: grads.__setitem__(n, g.clone()))
+    for n, p in model.named_parameters():
+        p.register_hook(lambda g, n=n: grads.__setitem__(n, g.clone()))
     step = next(train(model, Faces(), LOSS, config(clip=1e-3)))
     assert len(grads) == len(list(model.parameters()))
     assert step.grad_norm == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in grads.values())), rel=1e-5)
@@ -242,14 +273,17 @@ def test_bf16_is_close_and_weights_stay_float32():
 def test_other_losses_fit_the_loop():
     "A judge's loss: no noise, one value per face"
     class Judge(nn.Module):
-        def __init__(self): super().__init__(); torch.manual_seed(0); self.norm, self.out = nn.BatchNorm2d(3), nn.Linear(192, 1)
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.out = nn.BatchNorm2d(3), nn.Linear(192, 1)
         def forward(self, x): return self.out(self.norm(x).flatten(1))
-    loss = lambda model, face, draw: (model(face.image)[:, 0] - face.image[:, 0].mean((1, 2))).square()
+    loss = lambda model, face, rng: (model(face.image)[:, 0] - face.image[:, 0].mean((1, 2))).square()
     steps = state(Judge(), loss=loss, steps=200, ema=0.)[1]
     assert steps[-1].loss < .1*steps[0].loss
 
 
-# Going on
+# Resuming
 
 @pytest.mark.parametrize('stop', [1, 5, 7, 12])
 def test_abandoned_and_started_again(tmp_path, stop):
@@ -257,7 +291,8 @@ def test_abandoned_and_started_again(tmp_path, stop):
     for step in train(Net(.2), Faces(), LOSS, config(), tmp_path/'cut'):
         if step.step == stop: break
     _, rest = state(folder=tmp_path/'cut')
-    assert [s.loss for s in rest] == [s.loss for s in steps[12 - len(rest):]] and len(rest) == (12 if stop < 5 else 7 if stop < 10 else 2 if stop < 12 else 0)
+    left = 12 if stop < 5 else 7 if stop < 10 else 2 if stop < 12 else 0
+    assert len(rest) == left and [s.loss for s in rest] == [s.loss for s in steps[12 - left:]]
     assert (tmp_path/'whole/state.safetensors').read_bytes() == (tmp_path/'cut/state.safetensors').read_bytes()
 
 
@@ -280,11 +315,16 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path):
 
 def test_another_run_is_refused(tmp_path):
     state(folder=tmp_path)
-    for wrong, words in [(lambda: state(folder=tmp_path, lr=.5, steps=20), 'steps is 12 there and 20 here; lr is 0.01 there and 0.5 here'),
-                         (lambda: state(Net(width=4), folder=tmp_path), r'shape of time.weight is \[1000, 8\] there and \[1000, 4\] here'),
-                         (lambda: state(faces=Faces(9), folder=tmp_path), r'faces is \[11, \d+\] there and \[9, \d+\] here'),
-                         (lambda: state(loss=diffusion_loss(make_scheduler(prediction='sample')), folder=tmp_path), 'loss is .*epsilon.* there')]:
-        with pytest.raises(ValueError, match=words): wrong()
+    other_loss = diffusion_loss(make_scheduler(prediction='sample'))
+    for wrong, words in [
+            (lambda: state(folder=tmp_path, lr=.5, steps=20),
+             'steps is 12 there and 20 here; lr is 0.01 there and 0.5 here'),
+            (lambda: state(Net(width=4), folder=tmp_path),
+             r'shape of time.weight is \[1000, 8\] there and \[1000, 4\] here'),
+            (lambda: state(faces=Faces(9), folder=tmp_path), r'faces is \[11, \d+\] there and \[9, \d+\] here'),
+            (lambda: state(loss=other_loss, folder=tmp_path), 'loss is .*epsilon.* there')]:
+        with pytest.raises(ValueError, match=words):
+            wrong()
     state(folder=tmp_path, workers=1, save_every=2, micro=2) # these are free
 
 
@@ -294,7 +334,8 @@ def test_another_frozen_part_is_refused(tmp_path):
         model.base = nn.Parameter(torch.full((3,), value), requires_grad=False)
         return model
     state(half_frozen(1.), folder=tmp_path)
-    with pytest.raises(ValueError, match='frozen weights is'): state(half_frozen(2.), folder=tmp_path)
+    with pytest.raises(ValueError, match='frozen weights is'):
+        state(half_frozen(2.), folder=tmp_path)
     model = half_frozen(5.)
     load_weights(model, tmp_path)
     assert (model.base == 5).all() and not torch.equal(model.outer.weight, Net().outer.weight)
@@ -304,11 +345,14 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     state(folder=tmp_path)
     file = tmp_path/'state.safetensors'
     whole = file.read_bytes()
-    bit = bytearray(whole); bit[-100] ^= 4
+    bit = bytearray(whole)
+    bit[-100] ^= 4
     for bad in (whole[:len(whole)//2], whole[:5], b'', bytes(bit), b'\x80\x04pickle' + whole):
         file.write_bytes(bad)
-        with pytest.raises(ValueError, match='state.safetensors is damaged .* put a copy back, or delete it'): state(folder=tmp_path)
-        with pytest.raises(ValueError, match='is damaged'): load_weights(Net(), tmp_path)
+        with pytest.raises(ValueError, match='state.safetensors is damaged .* put a copy back, or delete it'):
+            state(folder=tmp_path)
+        with pytest.raises(ValueError, match='is damaged'):
+            load_weights(Net(), tmp_path)
         assert file.read_bytes() == bad, 'nothing may be written over it'
 
 
@@ -333,48 +377,62 @@ def test_load_weights(tmp_path):
     assert all(torch.equal(p, whole[f'ema {i}']) for i, p in enumerate(model.parameters()))
     load_weights(model, tmp_path/'state.safetensors', ema=False)
     assert all(torch.equal(x, whole[n]) for n, x in model.state_dict().items())
-    with pytest.raises(ValueError, match=r'does not fit the model: inner.bias is \[8\] there and \[4\] here'): load_weights(Net(width=4), tmp_path)
-    with pytest.raises(FileNotFoundError, match='no checkpoint at .*train there first'): load_weights(Net(), tmp_path/'nowhere')
+    with pytest.raises(ValueError, match=r'does not fit the model: inner.bias is \[8\] there and \[4\] here'):
+        load_weights(Net(width=4), tmp_path)
+    with pytest.raises(FileNotFoundError, match='no checkpoint at .*train there first'):
+        load_weights(Net(), tmp_path/'nowhere')
     state(folder=tmp_path/'raw', ema=0.)
-    with pytest.raises(ValueError, match='no averaged weights .* pass ema=False'): load_weights(Net(), tmp_path/'raw')
+    with pytest.raises(ValueError, match='no EMA weights .* pass ema=False'):
+        load_weights(Net(), tmp_path/'raw')
 
 
 # Refusals
 
 def test_configuration_errors():
-    with pytest.raises(TypeError, match="no 'warm_up': did you mean warmup"): TrainConfig(warm_up=5)
-    for key, value in dict(steps=0, batch=0, lr=0., ema=1., precision='half', decay='linear', save_every=0, micro=-1).items():
-        with pytest.raises(ValueError, match=f'TrainConfig: {key} cannot be {value!r}'): TrainConfig(**{key: value})
+    with pytest.raises(TypeError, match="no 'warm_up': did you mean warmup"):
+        TrainConfig(warm_up=5)
+    wrong = dict(steps=0, batch=0, lr=0., ema=1., precision='half', decay='linear', save_every=0, micro=-1)
+    for key, value in wrong.items():
+        with pytest.raises(ValueError, match=f'TrainConfig: {key} cannot be {value!r}'):
+            TrainConfig(**{key: value})
 
 
 def test_bad_input_is_named():
     faces = Faces()
     faces.image[7] = math.nan
-    with pytest.raises(FloatingPointError, match=r'the loss of step \d+ is nan for these faces: 000007; look at them'): state(faces=faces)
-    with pytest.raises(ValueError, match='no faces to train on'): state(faces=Faces(0))
-    with pytest.raises(ValueError, match='nothing to train'): state(Net().requires_grad_(False))
-    with pytest.raises(ValueError, match=r'one value per face, \(4,\), not \(\)'): state(loss=lambda m, f, d: LOSS(m, f, d).mean())
+    with pytest.raises(FloatingPointError, match=r'the loss of step \d+ is nan for these faces: 000007; look at them'):
+        state(faces=faces)
+    with pytest.raises(ValueError, match='no faces to train on'):
+        state(faces=Faces(0))
+    with pytest.raises(ValueError, match='nothing to train'):
+        state(Net().requires_grad_(False))
+    with pytest.raises(ValueError, match=r'one value per face, \(4,\), not \(\)'):
+        state(loss=lambda m, f, d: LOSS(m, f, d).mean())
 
 
 def test_a_bad_loss_never_reaches_the_weights(tmp_path):
     faces, model = Faces(), Net()
-    loss = lambda model, face, draw: LOSS(model, face, draw)*(math.inf if draw.step == 6 else 1)
-    with pytest.raises(FloatingPointError, match='the loss of step 7 is inf'): list(train(model, faces, loss, config(), tmp_path))
+    loss = lambda model, face, rng: LOSS(model, face, rng)*(math.inf if rng.step == 6 else 1)
+    with pytest.raises(FloatingPointError, match='the loss of step 7 is inf'):
+        list(train(model, faces, loss, config(), tmp_path))
     assert all(x.isfinite().all() for x in model.state_dict().values())
     assert load_weights(Net(), tmp_path)['step'] == 5, 'the last good checkpoint is still there'
 
 
 def test_a_bad_gradient_stops_the_run():
-    loss = lambda model, face, draw: LOSS(model, face, draw) + (model.outer.bias[0]*0).sqrt().expand(len(face.image))
-    with pytest.raises(FloatingPointError, match='the gradient of step 1 is not finite, though the loss is .*faces: 0'): state(loss=loss)
+    loss = lambda model, face, rng: LOSS(model, face, rng) + (model.outer.bias[0]*0).sqrt().expand(len(face.image))
+    with pytest.raises(FloatingPointError, match='the gradient of step 1 is not finite, though the loss is .*faces: 0'):
+        state(loss=loss)
 
 
 def test_kept_steps_are_whole_also_when_killed_before_the_copy(tmp_path):
-    "The steps that are named stay under their names, and no others; the copy that a killed run did not make is made when it goes on"
+    "Milestones stay under their names, and no others; the copy that a killed run did not make is made when it resumes"
     whole, cut = tmp_path/'whole', tmp_path/'cut'
-    state(folder=whole, keep=(0, 5, 7, 12))  # 7 lies between two checkpoints, 10 is one that nobody asked to keep
+    state(folder=whole, milestones=(0, 5, 7, 12))  # 7 lies between two checkpoints, 10 is one that nobody asked to keep
     assert [p.name for p in sorted(whole.glob('step-*'))] == [f'step-{k:06d}.safetensors' for k in (0, 5, 7, 12)]
-    for step in train(Net(.2), Faces(), LOSS, config(keep=(0, 5, 7, 12)), cut):
+    for step in train(Net(.2), Faces(), LOSS, config(milestones=(0, 5, 7, 12)), cut):
         if step.step == 5: break
-    (cut/'step-000005.safetensors').unlink(); state(folder=cut, keep=(0, 5, 7, 12))
-    for p in whole.glob('step-*'): assert (cut/p.name).read_bytes() == p.read_bytes()
+    (cut/'step-000005.safetensors').unlink()
+    state(folder=cut, milestones=(0, 5, 7, 12))
+    for p in whole.glob('step-*'):
+        assert (cut/p.name).read_bytes() == p.read_bytes()

@@ -1,0 +1,84 @@
+"""The table of experiments fits its notebooks, and names, jobs and fingerprints follow from it."""
+import nbformat, papermill, pytest
+
+from facegen.study import experiments
+
+
+@pytest.mark.parametrize('scale', experiments.SCALES)
+@pytest.mark.parametrize('name', experiments.EXPERIMENTS)
+def test_every_experiment_fits_its_notebook(name, scale):
+    "Each argument of each experiment at each scale is declared by the notebook, with a value of the declared type"
+    job = experiments.job(experiments.run_name(name, scale, 1))
+    known = papermill.inspect_notebook(str(experiments.notebook_path(job['notebook'])))
+    assert experiments.unknown_params(job['notebook'], job['params']) == []
+    for k, v in job['params'].items():
+        assert type(v).__name__ == known[k]['inferred_type_name'], (k, v)
+
+
+def test_every_name_of_a_scale_is_a_notebook_or_an_experiment():
+    "A scale that spells one wrongly would be ignored"
+    notebooks = {e.notebook for e in experiments.EXPERIMENTS.values()}
+    for scale, given in experiments.SCALES.items():
+        assert given.keys() <= notebooks | experiments.EXPERIMENTS.keys(), scale
+
+
+@pytest.mark.parametrize('notebook', sorted({e.notebook for e in experiments.EXPERIMENTS.values()}))
+def test_a_parameters_cell_is_its_own_help(notebook):
+    "Every parameter has a type, a default of that type and a comment"
+    for name, p in papermill.inspect_notebook(str(experiments.notebook_path(notebook))).items():
+        assert p['inferred_type_name'] != 'None' and p['help'], name
+        assert type(experiments.default_params(notebook)[name]).__name__ == p['inferred_type_name'], name
+
+
+def test_names_go_there_and_back():
+    for name in experiments.EXPERIMENTS:
+        for scale in experiments.SCALES:
+            run = experiments.run_name(name, scale, 3)
+            assert experiments.parse_name(run) == (experiments.EXPERIMENTS[name], scale, 3)
+    for bad in ('unet', 'unet-laptop', 'unet-desktop-s0', 'vnet-laptop-s0', '_unet-laptop-s0', 'unet-laptop-s01'):
+        with pytest.raises(ValueError, match='names no run'):
+            experiments.parse_name(bad)
+
+
+def test_a_wrong_name_is_answered_with_the_nearest_right_one():
+    for call, wrong, right in (
+            (experiments.check_scale, 'labtop', 'laptop'),
+            (experiments.check_experiments, ['attrs', 'spatail'], 'spatial'),
+            (experiments.parse_name, 'spatail-laptop-s2', 'spatial-laptop-s2'),
+            (experiments.parse_name, 'unet-laptop', 'unet-laptop-s0'),
+            (experiments.run_names, 'smok', 'smoke')):
+        with pytest.raises(ValueError, match=f"did you mean '{right}'"):
+            call(wrong)
+    with pytest.raises(ValueError, match="no experiment 'qqq': choose among classifier, parser"):
+        experiments.run_names('laptop', 1, ['qqq'])
+
+
+def test_judges_are_shared_by_all_seeds():
+    assert experiments.job('unet-laptop-s2')['needs'] == ['classifier32-laptop-s0']
+    seeds = [f'unet-laptop-s{s}' for s in range(3)]
+    runs = experiments.run_names('laptop', 3, ['classifier', 'parser', 'unet'])
+    assert runs == ['classifier-laptop-s0', 'parser-laptop-s0', *seeds]
+
+
+def test_faces_are_looked_up(tmp_path, monkeypatch):
+    monkeypatch.delenv('FACEGEN_FACES', raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert 'unet-celeba64-laptop-s0' not in experiments.run_names('laptop')
+    (tmp_path/'real'/'celeba64').mkdir(parents=True)
+    monkeypatch.setenv('FACEGEN_FACES', str(tmp_path/'real'))
+    assert 'unet-celeba64-laptop-s0' in experiments.run_names('laptop')
+    with pytest.raises(FileNotFoundError, match='FACEGEN_FACES'):
+        experiments.find_faces('celeba65')
+
+
+def test_fingerprint_follows_arguments_and_code_but_not_prose(tmp_path, monkeypatch):
+    a = experiments.fingerprint('unet-laptop-s0')
+    assert a != experiments.fingerprint('unet-laptop-s1')
+    nb = nbformat.read(experiments.notebook_path('32_unconditional'), 4)
+    monkeypatch.setattr(experiments, 'notebook_path', lambda _: tmp_path/'n.ipynb')
+    nb.cells[0].source += ' More prose.'
+    nbformat.write(nb, tmp_path/'n.ipynb')
+    assert experiments.fingerprint('unet-laptop-s0') == a
+    nb.cells[-1].source += '\n1 + 1'
+    nbformat.write(nb, tmp_path/'n.ipynb')
+    assert experiments.fingerprint('unet-laptop-s0') != a
