@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'PART_COLOURS', 'style', 'to_uint8', 'tile', 'canvas_figure', 'image_grid', 'face_strip', 'mask_rgb',
-           'mask_legend', 'wrap_lines', 'heading', 'footnotes', 'save_figure', 'save_gallery', 'load_gallery',
-           'explore']
+           'mask_legend', 'save_figure', 'save_gallery', 'load_gallery', 'explore']
 
 # %% ../nbs/01_plotting.ipynb #63727b2b
-import io, math, textwrap
+import io, math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -142,34 +141,6 @@ def mask_legend(
     handles = [Patch(color=c/255, label=p) for c, p in zip(PART_COLOURS, PARTS)]
     ax.legend(handles=handles, ncol=7, loc='center', fontsize=9)
     return ax
-
-# %% ../nbs/01_plotting.ipynb #5f0a1ce2
-def wrap_lines(
-    texts,     # Some texts
-    width:int, # Letters a line
-)->list:       # Lines
-    "Break texts into lines; an empty text gives none"
-    return [line for text in texts for part in text.split('\n') for line in textwrap.wrap(part, width)]
-
-def heading(
-    fig:plt.Figure, # Where
-    title:str,      # The question
-    lines=(),       # The answer, a line each
-):
-    "Write a question at the top of a figure and its answer below"
-    w, h = fig.get_size_inches()
-    fig.text(.15/w, 1 - .1/h, title, fontsize=18, fontweight='bold', va='top')
-    fig.text(.15/w, 1 - .52/h, '\n'.join(lines), fontsize=11, va='top', linespacing=1.5)
-
-def footnotes(
-    fig:plt.Figure, # Where
-    lines:list,     # The notes, a line each; one takes .168 inches
-    y:float,        # Where they begin, inches from the lower edge
-    x:float=.15,    # And from the left one
-):
-    "Write what must be known to read a figure"
-    w, h = fig.get_size_inches()
-    fig.text(x/w, y/h, '\n'.join(lines), fontsize=9, va='top', linespacing=1.35)
 
 # %% ../nbs/01_plotting.ipynb #279c1c51
 def save_figure(

@@ -31,6 +31,13 @@ def test_diversity_is_nothing_for_equal_and_one_for_unconditional_samples(faces)
     assert (uncond['chance'], uncond['upper']) == (0, 1)
 
 
+def test_the_reference_leaves_a_face_out_of_both_sets(faces):
+    "Where both sets are the same faces nobody is nearer to one of them"
+    a, b = (features(render_faces(n=N, size=32, seed=s).image, RandomNetwork()) for s in (6, 7))
+    r = {m['metric']: m['reference'] for m in memorization.copy_report(b, a, a)}
+    assert r == dict(copy_ratio=1., copy_ratio_low=1., copy_share=.5)
+
+
 def test_copies_are_noticed_and_new_faces_are_not(faces, tmp_path):
     images = faces.image, *(render_faces(n=N, size=32, seed=s).image for s in (6, 7))
     train, heldout, new = (features(x, RandomNetwork()) for x in images)

@@ -99,7 +99,9 @@ class Faces(torch.utils.data.Dataset):
 
     def __len__(self): return len(self.rows)
     def __getstate__(self): return dict(folder=self.folder, rows=self.rows) # a loader's worker maps the folder itself
-    def __setstate__(self, state): self.__init__(**state)
+    def __setstate__(self, state):
+        self.__init__(**state)
+
     def subset(self, i): return Faces(self.folder, self.rows[as_index(i)])
     def uint8(self, i): return tuple(copy_rows(v, self.rows[as_index(i)]) for v in (self.images, self.masks))
     def __getitems__(self, i): return [Face(*f) for f in zip(*self[i])]     # what DataLoader asks for

@@ -64,9 +64,9 @@ def copy_report(
     if len(train) != len(heldout) or len(heldout) < 2:
         raise ValueError(f'{len(train)} training and {len(heldout)} held-out faces: '
                          'pass as many of both; in a larger set somebody is nearer by chance')
-    def ratio(x, exclude_self=False):
-        to_heldout = nearest_neighbours(x, heldout, exclude_self)[0]
-        return (nearest_neighbours(x, train)[0] + 1e-12)/(to_heldout + 1e-12)
+    def ratio(x, exclude_self=False):  # from both sets, so that they stay equally large
+        to_train, to_heldout = (nearest_neighbours(x, others, exclude_self)[0] for others in (train, heldout))
+        return (to_train + 1e-12)/(to_heldout + 1e-12)
     def share(r): return ((r < 1).double() + (r == 1).double()/2).mean()
     ours, new = ratio(samples), ratio(heldout, exclude_self=True)
     records = []
