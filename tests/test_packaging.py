@@ -80,7 +80,8 @@ def test_nothing_brings_a_torchvision():
     assert not [r for r in wanted if re.match('torchvision|torch-fidelity|lpips|timm', r)]
     assert re.search(r'pip install .*--no-deps \$\(INCEPTION\)', (REPO/'Makefile').read_text())
     assert re.fullmatch(r'torch-fidelity==[\d.]+', ini['inception_requirements'])
-    recipe = subprocess.run(['make', '-n', 'inception'], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    dry_run = ['make', '--no-print-directory', '-n', 'inception']
+    recipe = subprocess.run(dry_run, cwd=REPO, capture_output=True, text=True, check=True).stdout
     assert recipe.splitlines()[-1].endswith(f"--no-deps {ini['inception_requirements']}")
 
 
@@ -128,7 +129,8 @@ def test_make_says_which_python_it_needs(tmp_path):
 
 def test_make_test_checks_the_style_first_and_notebooks_are_found_in_their_rooms():
     def lines(target):
-        p = subprocess.run(['make', '-n', target], cwd=REPO, capture_output=True, text=True, check=True)
+        dry_run = ['make', '--no-print-directory', '-n', target]
+        p = subprocess.run(dry_run, cwd=REPO, capture_output=True, text=True, check=True)
         return [line for line in p.stdout.splitlines() if 'pip install' not in line]
     commands = [line for line in lines('test') if 'ruff' in line or 'pytest' in line]
     assert 'ruff check nbs facegen tests' in commands[0] and 'pytest' in commands[-1]

@@ -39,12 +39,14 @@ def test_an_experiment_trains_at_smoke(home, name):
     "The network learns for all its steps, and both kinds of equality, cost and memory stand in the result"
     job = experiments.job(experiments.run_name(name, 'smoke', 0))
     want = experiments.default_params('32_unconditional') | job['params']
+    shorter = dict(steps=want['steps']*2//5, samples=4, sampling_steps=2, n_bootstrap=5)  # `make study` runs it at length
+    want |= shorter
     with torch.device('meta'):
         net = BACKBONES[want['backbone']](want['network'], 32)
     cost = count_flops(net, torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64))
     step = want['batch']*cost['train_gflops']/1e3  # TFLOPs
     budget = 1.25*want['steps']*step
-    p = (out := run(name, budget=budget))['params']
+    p = (out := run(name, budget=budget, **shorter))['params']
     if want['prediction'] == 'flow':
         want['sampler'] = 'euler'  # its own
     shared = want.keys() & p.keys()
