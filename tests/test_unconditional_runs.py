@@ -39,7 +39,7 @@ def test_an_experiment_trains_at_smoke(home, name):
     "The network learns for all its steps, and both kinds of equality, cost and memory stand in the result"
     job = experiments.job(experiments.run_name(name, 'smoke', 0))
     want = experiments.default_params('32_unconditional') | job['params']
-    shorter = dict(steps=want['steps']*2//5, samples=4, sampling_steps=2, n_bootstrap=5)  # `make study` runs it at length
+    shorter = dict(steps=want['steps']*2//5, samples=4, sampling_steps=2, n_bootstrap=5)  # at length in `make study`
     want |= shorter
     with torch.device('meta'):
         net = BACKBONES[want['backbone']](want['network'], 32)
