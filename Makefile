@@ -1,5 +1,5 @@
 # facegen: two commands to start with are `make demo` and `make test`.
-# Change what runs with SCALE (smoke, laptop, gpu, paper), SEEDS (how many) and JOBS (runs at a time).
+# Change what runs with SCALE (smoke, demo, laptop, gpu, paper), SEEDS (how many) and JOBS (runs at a time).
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 SCALE  ?= laptop
@@ -30,15 +30,12 @@ setup: .venv/ready  ## make the virtual environment (about 2 GB)
 inception: setup  ## add the Inception network of FID, without torchvision, whose builds do not fit every torch
 	$(BIN)/pip install --disable-pip-version-check --no-deps $(INCEPTION)
 
-demo: setup  ## three ways of conditioning a denoiser: render faces, train, measure, plot the figures, print the table
-	@$(BIN)/facegen plan $(SCALE) 1 attrs published spatial+guided --jobs 3
-	@snakemake --cores 3 --config scale=$(SCALE) seeds=1 demo=1 -- demo
-	@$(BIN)/facegen table $(SCALE) attrs published spatial+guided
+demo: SCALE = demo
+demo: setup  ## three ways of conditioning a denoiser, in the folder demo: train, measure, compare with the committed results
+	@$(BIN)/facegen demo --scale $(SCALE)
 
 study: setup  ## run every experiment at SCALE with SEEDS seeds, then the figures
-	@$(BIN)/facegen plan $(SCALE) $(SEEDS) --jobs $(JOBS)
-	@snakemake --cores $(JOBS) --config scale=$(SCALE) seeds=$(SEEDS) -- study
-	@$(BIN)/facegen table $(SCALE)
+	@$(BIN)/facegen study $(SCALE) --seeds $(SEEDS) --jobs $(JOBS)
 
 figures: setup  ## plot every figure again from data/results
 	@$(BIN)/facegen figures $(SCALE) --jobs $(JOBS)
@@ -61,4 +58,4 @@ test: setup  ## check the style of all code, then run every test and every noteb
 	@$(BIN)/pytest -n $(JOBS) --durations=8 tests
 
 clean:  ## delete what runs made (packed faces, weights, executed notebooks); keep committed results
-	rm -rf data/faces data/latents data/runs .snakemake data/results/_* data/gallery/_* figures/_*
+	rm -rf data/faces data/latents data/runs demo .snakemake data/results/_* data/gallery/_* figures/_*

@@ -1,20 +1,20 @@
 # The study as a graph: faces -> judges -> generators -> figures. Experiments, scales and names: `facegen.study.experiments`.
-#   snakemake -c2 --config scale=laptop seeds=3 -- study
-#   snakemake -c3 --config scale=laptop demo=1 -- demo     (judges from data/weights)
+#   snakemake -c2 --config scale=laptop seeds=3 -- study   (`make study` does this, and shows one line a run)
 #   snakemake --profile profiles/slurm --config scale=gpu seeds=3 -- study
-import os
+# `make demo` calls rule `demo` in a folder of its own, `FACEGEN_OUT`; faces and committed weights are shared.
+from facegen.core import root
 from facegen.study._warm_kernels import warm
 from facegen.study.commands import main
-from facegen.study.experiments import DEMO, FIGURES, default_params, fingerprint, job, run_names
-from facegen.study.runner import available_figures, figure_name, pack_path
+from facegen.study.experiments import DEMO, DEMO_FIGURE, FIGURES, default_params, fingerprint, job, run_names
+from facegen.study.runner import figure_name, pack_path
 
 SCALE = config.get('scale', 'laptop')
 SEEDS = int(config.get('seeds', 1))
 SHORT = bool(int(config.get('demo', 0)))
 STUDY = run_names(SCALE, SEEDS)
 SHOWN = run_names(SCALE, SEEDS, DEMO)
-PLOTTED = available_figures(SCALE, DEMO) if SHORT else FIGURES
-PICTURES = [f'figures/{figure_name(FIGURES[f], SCALE)}.png' for f in PLOTTED]
+PICTURES = [f'figures/{figure_name(FIGURES[f], SCALE)}.png' for f in ([DEMO_FIGURE] if SHORT else FIGURES)]
+PACKS = root()/'data'/'faces'
 
 def faces(run):
     "The packed faces that a run starts from, if it needs any"
@@ -25,8 +25,7 @@ def faces(run):
 
 def folder(packed):
     "What rule `faces` makes"
-    path = pack_path(*packed)
-    return str(path.relative_to(path.parents[2])/'faces.json')
+    return str(pack_path(*packed)/'faces.json')
 
 PACKED = {packed: folder(packed) for run in STUDY + SHOWN for packed in faces(run)}
 BY_PATH = {path: packed for packed, path in PACKED.items()}
@@ -37,7 +36,7 @@ def done(runs):
 
 def is_kept(run):
     "Whether a demonstration may start from committed weights"
-    return SHORT and os.path.isdir(f'data/weights/{run}')
+    return SHORT and (root()/'data'/'weights'/run).is_dir()
 
 def needs(w):
     return [*(PACKED[f] for f in faces(w.run)), *done(n for n in job(w.run)['needs'] if not is_kept(n))]
@@ -51,7 +50,7 @@ rule study:
     input: done(STUDY), PICTURES
 
 rule faces:
-    output: 'data/faces/{pack}/faces.json'
+    output: f'{PACKS}/{{pack}}/faces.json'
     params: what=lambda w, output: [*map(str, BY_PATH[str(output)])]
     threads: 2
     run: warm(main, ['pack', *params.what])

@@ -17,7 +17,7 @@ import torch
 from matplotlib.patches import Patch
 from PIL import Image
 
-from .core import PARTS, is_live, root, write_atomic
+from .core import PARTS, is_live, output_root, write_atomic
 
 # %% ../nbs/01_plotting.ipynb #0e2ee739
 COLOURS = {
@@ -152,7 +152,7 @@ def save_figure(
     fig.savefig(full, format='png', metadata={'Software': None}, bbox_inches='tight', pad_inches=.15)
     few_colours = Image.open(full).convert('RGB').quantize(256, dither=Image.Dither.NONE)  # half as large
     few_colours.save(small, 'png', optimize=True)
-    return write_atomic(root()/'figures'/f'{name}.png', small.getvalue())
+    return write_atomic(output_root()/'figures'/f'{name}.png', small.getvalue())
 
 # %% ../nbs/01_plotting.ipynb #73de8032
 def save_gallery(
@@ -166,14 +166,14 @@ def save_gallery(
     kb = buffer.tell()//1024
     if buffer.tell() > 100*1024:
         raise ValueError(f'gallery {name} would be {kb} KB, more than 100: give fewer or smaller faces')
-    return write_atomic(root()/'data'/'gallery'/f'{name}.png', buffer.getvalue())
+    return write_atomic(output_root()/'data'/'gallery'/f'{name}.png', buffer.getvalue())
 
 def load_gallery(
     name:str,    # Name of a gallery strip
     size:int,    # Side of one face, px
 )->torch.Tensor: # (n,3,size,size) in [-1,1], row by row
     "Cut a gallery strip back into faces"
-    image = Image.open(root()/'data'/'gallery'/f'{name}.png').convert('RGB')
+    image = Image.open(output_root()/'data'/'gallery'/f'{name}.png').convert('RGB')
     px = torch.from_numpy(np.array(image))  # (H,W,3)
     corners = [(y, x) for y in range(0, px.shape[0], size + 2) for x in range(0, px.shape[1], size + 2)]
     return torch.stack([px[y:y + size, x:x + size] for y, x in corners]).movedim(-1, 1)/127.5 - 1

@@ -18,6 +18,12 @@ def home(tmp_path, monkeypatch):
     return tmp_path.resolve()
 
 
+@pytest.fixture(autouse=True)
+def no_folder_of_its_own(monkeypatch):
+    "The verb `demo` names one for its process"
+    monkeypatch.setenv('FACEGEN_OUT', '')
+
+
 def said(capsys, line, code=0):
     "What a command prints, and how it ends"
     end = 0
@@ -33,7 +39,7 @@ def said(capsys, line, code=0):
 
 
 def test_help_lists_every_verb_with_one_line(capsys):
-    assert set(commands.VERBS) == set('plan pack launch keep draw figures table'.split())
+    assert set(commands.VERBS) == set('demo study plan pack launch sample keep draw figures table'.split())
     text = said(capsys, '--help')
     assert all(f' {verb} {f.__doc__} ' in text for verb, f in commands.VERBS.items())
     assert all('\n' not in f.__doc__ for f in commands.VERBS.values())
@@ -55,6 +61,9 @@ def test_help_of_a_verb_explains_every_argument(capsys, verb):
     ('plann laptop 1', 'plan', 2),
     ('tabel laptop', 'table', 2),
     ('plan labtop 1', 'laptop', 1),
+    ('study labtop', 'laptop', 1),
+    ('demo --scale smok', 'smoke', 1),
+    ('sample nowhere Smilling', 'Smiling', 1),
     ('plan laptop 1 spatail', 'spatial', 1),
     ('table smoek', 'smoke', 1),
     ('table laptop spatail', 'spatial', 1),

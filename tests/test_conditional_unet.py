@@ -11,7 +11,7 @@ from facegen.conditioning.conditional_unet import (
 from facegen.core import seed_all
 from facegen.data.faces import Face, flip_faces
 from facegen.conditioning.infonce import NCE
-from facegen.diffusion.losses import StepRandom, diffusion_loss
+from facegen.diffusion.losses import StepRandom, diffusion_loss, weighting
 from facegen.diffusion.schedules import make_scheduler
 from facegen.training.config import InMemoryFaces, TrainConfig
 from facegen.diffusion.samplers import make_sampler, sample
@@ -313,6 +313,18 @@ def test_the_terms_add_up(face, cond):
     assert torch.equal(value(corruption='blank masks'), blank)
 
 
+@pytest.mark.parametrize('kind,rows', [('flow', 'logit-normal'), ('edm', 'log-normal'), ('sample', 'log-normal')])
+def test_every_process_can_be_conditioned(kind, rows, face, cond):
+    "The loss is the unconditional one with the condition passed on, with its timesteps; and it falls"
+    noise, model = make_scheduler(prediction=kind), net('spatial')
+    loss = conditional_loss(noise, weight='min-snr', timestep_sampling=rows)
+    plain = diffusion_loss(noise, weighting('min-snr', noise), lambda f, d: cond, rows)
+    assert torch.equal(loss(model, face, StepRandom(0, 3, 8)), plain(model, face, StepRandom(0, 3, 8)))
+    assert loss.config['timestep_sampling'] == rows != conditional_loss(noise).config['timestep_sampling']
+    steps = list(train(model, InMemoryFaces(face), loss, config(steps=12, lr=2e-3)))
+    assert all(s.loss == s.loss for s in steps)
+
+
 def test_a_batch_may_be_cut_unless_its_faces_are_compared_or_mixed(face):
     def end(micro, **keys):
         "The losses, then all weights"
@@ -349,6 +361,7 @@ def test_stopped_and_started_again_ends_with_the_same_bits(face, tmp_path):
     (dict(nce='clip'), "unknown contrastive loss 'clip': it must be one of empty, published"),
     (dict(corruption='blank'), "unknown corruption 'blank': it must be one of true, blank masks"),
     (dict(weight='snr'), "unknown weighting 'snr'"),
+    (dict(timestep_sampling='late'), "unknown timestep_sampling 'late'"),
     (dict(cond_dropout=.1), 'two shares between 0 and 1.*not 0.1'),
     (dict(cond_dropout=(0., 1.5)), r'not \(0.0, 1.5\)')])
 def test_unknown_words_are_refused_before_training(keys, words):

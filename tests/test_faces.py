@@ -1,5 +1,5 @@
 """Faces on disk: both layouts, every kind of bad input with its message, packing, reading back, mirrors and splits."""
-import pickle, shutil, subprocess, sys
+import multiprocessing, os, pickle, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from facegen.data import packing
-from facegen.data.faces import ATTRIBUTES, PARTS, BadFaces, Face, flip_faces, load_faces, prepare, split
+from facegen.data.faces import (ATTRIBUTES, PARTS, BadFaces, Face, at_least, flip_faces, load_faces, prepare,
+                                split)
 from facegen.data.layouts import IMAGES, MAPPING, MASKS, TABLE, ellipse_faces, read_raw
 
 OTHER = {'l_eye': 'r_eye', 'r_eye': 'l_eye', 'l_brow': 'r_brow', 'r_brow': 'l_brow', 'l_ear': 'r_ear', 'r_ear': 'l_ear'}
@@ -429,6 +430,69 @@ def test_processes_change_nothing(src, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(one, two))
 
 
+def process(target, *args):
+    "Start a process that shares all that is imported here"
+    p = multiprocessing.get_context('fork').Process(target=target, args=args)
+    p.start()
+    return p
+
+
+def test_two_processes_prepare_the_same_folder_at_once(src, monkeypatch):
+    monkeypatch.setattr(packing, 'SHARD', 1)
+    both = [process(prepare, src, src.parent/'out', 32) for _ in range(2)]
+    for p in both:
+        p.join()
+    assert [p.exitcode for p in both] == [0, 0] and len(load_faces(src.parent/'out')) == 4
+    assert sorted(p.name for p in src.parent.iterdir()) == ['out', 'raw']
+
+
+def keep_locked(dst, ready):
+    with packing.lock(dst):
+        ready.touch()
+        time.sleep(60)
+
+
+def test_a_lock_ends_with_its_process(tmp_path, capsys):
+    "Whoever is killed inside leaves the file of the lock, and it stops nobody"
+    p = process(keep_locked, tmp_path/'made', tmp_path/'ready')
+    while not (tmp_path/'ready').exists():
+        time.sleep(.01)
+    assert packing.take_lock(tmp_path/'_made.lock') is None
+    os.kill(p.pid, signal.SIGKILL)
+    p.join()
+    assert (tmp_path/'_made.lock').exists()
+    with packing.lock(tmp_path/'made'):
+        assert 'waiting' not in capsys.readouterr().err
+    assert not (tmp_path/'_made.lock').exists()
+
+
+def sleep_long(folder):
+    (folder/str(os.getpid())).touch()
+    time.sleep(60)
+
+
+def start_workers(folder):
+    list(packing.run_jobs(sleep_long, [(folder,)]*2, 2, start='fork'))
+
+
+def is_running(pid):
+    stat = Path(f'/proc/{pid}/stat')
+    return stat.exists() and stat.read_text().rpartition(')')[2].split()[0] not in 'ZX'
+
+
+@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='looks into /proc')
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    p, end = process(start_workers, tmp_path), time.time() + 30
+    while len(list(tmp_path.iterdir())) < 2 and time.time() < end:
+        time.sleep(.05)
+    workers = [path.name for path in tmp_path.iterdir()]
+    os.kill(p.pid, signal.SIGKILL)
+    p.join()
+    while any(map(is_running, workers)) and time.time() < end:
+        time.sleep(.05)
+    assert len(workers) == 2 and not any(map(is_running, workers))
+
+
 def test_second_prepare_does_nothing(src, monkeypatch):
     dst = prepare(src, src.parent/'out', 32)
     stamp = {p: p.stat().st_mtime_ns for p in dst.iterdir()}
@@ -518,8 +582,8 @@ def test_folder_is_an_ordinary_datasets_folder(packed):
 
 class Fake:
     "As much of `Faces` as split asks for"
-    def __init__(self, ids, identity=None, celeba=None):
-        self.ids = [str(i) for i in ids]
+    def __init__(self, ids, identity=None, celeba=None, **meta):
+        self.ids, self.meta = [str(i) for i in ids], dict(layout='official') | meta
         unknown = [-1]*len(self.ids)
         self.identity = torch.tensor(unknown if identity is None else list(identity))
         self.celeba = torch.tensor(unknown if celeba is None else list(celeba))
@@ -542,6 +606,22 @@ def test_paper_split_of_the_whole_data_set():
     some = [i for i in range(30000) if i not in (5, 27001)]      # packed with two faces left out
     less = split(Fake(some))
     assert len(less['train']) == 26999 and len(less['test']) == 300 and len(less['judge']) == 2699
+
+
+@pytest.mark.parametrize('meta', [dict(layout='rendered', rendered=True), dict(rendered=True), dict(layout='plain')])
+def test_only_photos_of_celebamask_are_split_by_their_numbers(meta):
+    "As many drawn faces with the same ids, packed either way, are split by shares, and so is another folder"
+    parts = split(Fake(range(30000), **meta))
+    covers(parts, 30000)
+    assert {k: len(v) for k, v in parts.items()} == dict(train=18000, small=1800, judge=7500, test=4500)
+
+
+def test_fewer_faces_than_asked_for_is_an_error():
+    assert at_least(range(9), 9, 'samples') == 9 and at_least([], 0, 'samples') == 0
+    with pytest.raises(ValueError, match='^samples=10 asks for 10 faces, but the test split has 9: lower samples, or'):
+        at_least(range(9), 10, 'samples')
+    with pytest.raises(ValueError, match='n_train=5 .* the train split has 4: lower n_train'):
+        at_least(range(4), 5, 'n_train', 'the train split')
 
 
 def test_paper_split_shares_out_smaller_sets():

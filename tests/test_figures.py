@@ -11,6 +11,14 @@ from facegen.synthetic.toyfaces import render_faces
 SCALE = 'smoke'
 
 
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv('FACEGEN_ROOT', str(tmp_path))
+    monkeypatch.delenv('FACEGEN_FACES', raising=False)
+    monkeypatch.delenv('FACEGEN_OUT', raising=False)
+    return tmp_path.resolve()
+
+
 def frame(values, half=.03, seeds=None, metric='miou', n=256):
     "Records of one experiment"
     return pd.DataFrame([dict(metric=metric, value=v, low=v - half, high=v + half, n=n, seed=s)
@@ -50,18 +58,56 @@ def test_a_sentence_holds_both_values_and_the_verdict():
     assert 'no difference that n = 256 can show' in comparisons.sentence('mIoU', frame([.3]), frame([.31]), 'miou')
 
 
+def test_a_value_is_reproduced_within_what_one_more_seed_would_give():
+    "The limit of the prediction interval, both sides; three equal seeds leave the interval over faces to decide"
+    seeds = [1., 2., 3.]
+    limit = 4.3027*(4/3)**.5
+    assert comparisons.reproduced(2 + .99*limit, seeds) == comparisons.reproduced(2 - .99*limit, seeds) == 'reproduced'
+    assert comparisons.reproduced(2 - 1.01*limit, seeds) == f'outside by {1.01*limit:.1f} sd'
+    assert comparisons.reproduced(2., []) == 'nothing to compare with'
+    assert comparisons.reproduced(2., [2.]) == 'one seed: cannot be told'
+    assert comparisons.reproduced(.9, [1., 1.], .8, .95) == 'outside: all seeds are equal'
+    assert comparisons.reproduced(.9, [1., 1.], .8, 1.) == 'reproduced'
+
+
+def test_a_bootstrap_is_kept_and_comes_back_to_the_bit(home, monkeypatch):
+    g = torch.Generator().manual_seed(1)
+    one, two = ([dict(sides=torch.rand(60, generator=g)) for _ in range(2)] for _ in range(2))
+    d = comparisons.remembered_bootstrap(one, two, 'mirror_followed')
+    assert d == comparisons.paired_bootstrap(one, two, 'mirror_followed')
+    monkeypatch.setattr(comparisons, 'paired_bootstrap', lambda *_: 1/0)
+    monkeypatch.setattr(comparisons, 'bootstrap_digest', lambda *_: next(kept.glob('*')).stem)
+    kept = home/'data/results/_differences'
+    assert comparisons.remembered_bootstrap(one, two, 'mirror_followed') == d
+    next(kept.glob('*')).write_text('[1, 2')  # half a file is measured again
+    with pytest.raises(ZeroDivisionError):
+        comparisons.remembered_bootstrap(one, two, 'mirror_followed')
+
+
+def test_a_digest_changes_with_tables_order_and_metric():
+    a, b = [dict(sides=torch.arange(4.))], [dict(sides=torch.tensor([0., 1., 2., 3.0001]))]
+    digests = [comparisons.bootstrap_digest(*x, 'mirror_followed') for x in ((a, b), (b, a), (a, a), (a*2, b*2))]
+    assert len(set(digests)) == 4
+
+
+def test_the_demonstration_holds_its_results_against_the_committed_ones(home, monkeypatch):
+    for s in (0, 1, 2):
+        made_up('attrs', s, 'demo', miou=.3 + .01*s)
+    monkeypatch.setenv('FACEGEN_OUT', 'demo')
+    made_up('attrs', 0, 'demo', miou=.305)
+    t = comparisons.reproduction_table('demo', ['attrs']).set_index('metric')
+    assert t.loc['miou', ['value', 'committed', 'sd', 'seeds']].tolist() == ['0.305', '0.310', '0.010', 3]
+    assert set(t.verdict) == {'reproduced'}
+    made_up('attrs', 0, 'demo', miou=.4, ba=.9)
+    t = comparisons.reproduction_table('demo', ['attrs']).set_index('metric')
+    assert t.verdict['miou'] == 'outside by 9.0 sd' and t.verdict['balanced_accuracy'] == 'outside: all seeds are equal'
+
+
 def test_a_drawn_mask_mirrors_as_the_mask_does():
     from facegen.data.faces import flip_faces
     f = render_faces(n=4, size=32, seed=3)
     assert torch.allclose(plots.mirrored_colours(plotting.mask_rgb(f.mask)), plotting.mask_rgb(flip_faces(f).mask),
                           atol=1e-6)
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv('FACEGEN_ROOT', str(tmp_path))
-    monkeypatch.delenv('FACEGEN_FACES', raising=False)
-    return tmp_path.resolve()
 
 
 def said(metric, value, half=.02, chance=.5, upper=.9, n=256, **tags):
@@ -163,3 +209,21 @@ def test_guidance_compares_one_scale_with_two_and_the_command_draws_the_same_byt
     a, text = drawn('43_guidance', home)
     assert 'Two scales (' in text and 'of upper in attributes' in text and 'the price: lower diversity' in text
     assert runner.plot_figure('43_guidance', SCALE).read_bytes() == a
+
+
+def test_the_demonstration_draws_its_experiments_with_their_numbers(home):
+    with pytest.raises(ValueError, match=f"no results of experiment '{experiments.DEMO[0]}'"):
+        drawn('53_demo', home)
+    for row, miou in zip(experiments.DEMO, (.3, .32, .74)):
+        made_up(row, miou=miou)
+        add_kid(home, row)
+    a, text = drawn('53_demo', home)
+    assert 'attributes only 17%, published code: pooled mask 20%, mask concatenated, guided 90%' in text
+    assert drawn('53_demo', home)[0] == a and len(a) > 20_000
+
+
+def add_kid(home, row):
+    "The made-up result of an experiment, with a KID"
+    from facegen.core import load_result
+    r = load_result(experiments.run_name(row, SCALE, 0))
+    save_result(r['run'], r['params'], [*r['metrics'], distance(1.) | dict(metric='kid')])

@@ -114,9 +114,22 @@ def test_outside_its_interval_the_answer_is_plain(cond):
     spy = Spy()
     ask(spy, cond, 40, attrs_scale=3, mask_scale=2, interval=(.5, 1.), T=50)
     assert spy.calls[0][0] == 12
+    spy = Spy()
+    ask(spy, cond, 57, attrs_scale=3, mask_scale=2, interval=(0, .57), T=100)
+    assert spy.calls[0][0] == 12, 'both ends belong to it'
     for wrong in ((.8, .2), (-.1, .5), (.5, 1.2)):
         with pytest.raises(ValueError, match='must be two shares between 0 and 1, low first'):
             ClassifierFreeGuidance(Spy(), interval=wrong)
+
+
+def test_sampling_a_flow_makes_one_pass_where_guidance_is_off(cond):
+    "Timesteps of a flow are T times its time, so (.2, .8) are the middle three fifths of the steps"
+    spy, flow = Spy(), make_scheduler(prediction='flow', clip=False)
+    guided = ClassifierFreeGuidance(spy, 3, 2, interval=(.2, .8))
+    sample(guided, make_sampler('dpm++', flow), 4, 32, 20, cond)
+    rows = [n for n, _ in spy.calls]
+    on = [200 <= t <= 800 for t in range(1000, 0, -50)]
+    assert rows == [12 if yes else 4 for yes in on] and sum(on) == 13
 
 
 def test_a_negative_condition_takes_the_place_of_unknown(model, cond, face):

@@ -1,5 +1,5 @@
 """The pipeline: whole after saving, names before positions, one denoise loop for four ways of use, clear refusals."""
-import os, subprocess, sys
+import json, os, subprocess, sys
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from facegen.data.faces import ATTRIBUTES
 from facegen.models.latents import make_autoencoder
 from facegen.diffusion.schedules import make_scheduler
 from facegen.conditioning.pipeline import FacePipeline, as_cond
-from facegen.diffusion.samplers import SAMPLERS, make_sampler
+from facegen.diffusion.samplers import PROCESS_SAMPLERS, SAMPLERS, make_sampler
 from facegen.conditioning.condition_encoders import CONDITIONINGS
 from facegen.synthetic.toyfaces import render_faces
 
@@ -163,7 +163,7 @@ REFUSED = [
     (dict(image=torch.full((3, 32, 32), torch.nan)), 'the image holds nan'),
     (dict(image=BLANK, inpaint_mask=INPAINT[:8]), r'the inpainting mask has shape \(8, 32\)'),
     (dict(strength=1.4), 'strength 1.4 must lie between 0'),
-    (dict(steps=7), 'steps=7 does not divide the 1000'),
+    (dict(steps=1001), 'steps=1001: take a whole number from 1 to 1000'),
     (dict(interval=(.8, .1)), 'low first'),
     (dict(output_type='pil'), "unknown output_type 'pil'"),
     (dict(n=3, generator=[torch.Generator()]*2), '2 generators for 3 faces'),
@@ -179,6 +179,80 @@ def test_what_does_not_fit_gets_a_sentence(pixels, keys, words):
 def test_an_unknown_word_is_an_error(pixels):
     with pytest.raises(TypeError, match='smiling'):
         generate(pixels, smiling=1)
+
+
+# Other processes: a flow and EDM
+
+PROCESSES = [(kind, name) for kind, names in PROCESS_SAMPLERS.items() for name in names]
+
+
+def process(kind, name='dpm++', **keys):
+    seed_all(0)
+    noise = make_scheduler(prediction=kind)
+    return FacePipeline(make_denoiser('smoke', 'spatial', 32), make_sampler(name, noise), **keys)
+
+
+def exact(kind, image):
+    "A denoiser that knows the face: the answer that leads from any x to it"
+    noise = make_scheduler(prediction=kind)
+    def model(x, t, cond=None):
+        x0 = image.repeat(len(x)//len(image), 1, 1, 1)
+        x = x/noise.scale_model_input(torch.ones_like(x), t)
+        alpha, sigma = noise.signal_and_noise(t, x)
+        return noise.get_velocity(x0, (x - alpha*x0)/sigma, t)
+    return model
+
+
+@pytest.mark.parametrize('kind,name', PROCESSES)
+def test_other_processes_are_whole_after_saving(kind, name, tmp_path, face):
+    pipe = process(kind, name)
+    keys = dict(attrs=face.attrs[:2], mask=face.mask[:2], attrs_scale=2., mask_scale=1.5, steps=7)
+    was = generate(pipe, **keys)
+    pipe.save_pretrained(tmp_path)
+    again = FacePipeline.from_pretrained(tmp_path)
+    assert torch.equal(generate(again, **keys), was) and type(again.scheduler) is type(pipe.scheduler)
+    assert was.isfinite().all() and torch.equal(generate(pipe, **keys), was), 'a second call starts anew'
+
+
+@pytest.mark.parametrize('kind,name', PROCESSES)
+def test_image_to_image_and_inpainting_in_other_processes(kind, name, face):
+    pipe, image = process(kind, name), face.image[2:4]
+    assert torch.equal(generate(pipe, image=image, strength=0.), image)
+    assert torch.equal(generate(pipe, image=image, strength=1.), generate(pipe)), 'the image is forgotten'
+    out = generate(pipe, image=image, inpaint_mask=INPAINT)
+    assert torch.equal(out[..., ~INPAINT], image[..., ~INPAINT])
+    assert not torch.equal(out[..., INPAINT], image[..., INPAINT])
+    assert torch.equal(generate(pipe, image=image, inpaint_mask=torch.ones_like(INPAINT)), generate(pipe))
+    pipe.denoiser.forward = exact(kind, image)
+    for strength in (.2, .6, 1.):
+        assert (generate(pipe, steps=10, image=image, strength=strength) - image).abs().max() < .02
+    inpainted = generate(pipe, steps=10, image=image, inpaint_mask=INPAINT)
+    assert (inpainted - image).abs().max() < .02, 'what is put back has the noise of its step'
+
+
+@pytest.mark.parametrize('kind', PROCESS_SAMPLERS)
+def test_image_to_image_starts_at_the_noise_of_the_process(kind, face):
+    pipe, image, seen, noise = process(kind), face.image[2:4], [], make_scheduler(prediction=kind)
+    def spy(x, t, cond=None):
+        seen.append((x, t))
+        return exact(kind, image)(x, t)
+    pipe.denoiser.forward = spy
+    generate(pipe, steps=10, image=image, strength=.6)
+    x, t = seen[0]
+    eps = torch.cat([torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+    assert torch.allclose(x, noise.scale_model_input(noise.add_noise(image, eps, t), t), atol=1e-4)
+    if kind == 'flow':
+        assert t.tolist() == [600, 600]
+        assert torch.allclose(x, .4*image + .6*eps, atol=1e-4), 'the straight line between face and noise'
+
+
+@pytest.mark.parametrize('kind', PROCESS_SAMPLERS)
+def test_interpolation_in_other_processes(kind, face):
+    pipe = process(kind)
+    a, b = (dict(attrs=face.attrs[i:i + 2], mask=face.mask[i:i + 2]) for i in (0, 4))
+    towards = lambda w: generate(pipe, **a, interpolate_to=(*b.values(), w))
+    assert torch.allclose(towards(0.), generate(pipe, **a), atol=1e-5)
+    assert torch.allclose(towards(1.), generate(pipe, **b), atol=1e-5)
 
 
 # Random numbers
@@ -301,6 +375,66 @@ def test_two_scales_cost_one_call_a_step(pixels, monkeypatch):
         sizes.clear()
         generate(pixels, attrs={'Male': 1}, attrs_scale=scales[0], mask_scale=scales[1])
         assert sizes == [want]*5
+
+
+def passes_by_timestep(pipe, **keys):
+    "Timestep -> faces that went through the network in that step"
+    counts, forward = {}, pipe.denoiser.forward
+    def counted(x, t, cond=None):
+        assert int(t[0]) not in counts, 'one call a step'
+        counts[int(t[0])] = len(x)
+        return forward(x, t, cond)
+    pipe.denoiser.forward = counted
+    generate(pipe, steps=10, attrs={'Male': 1}, attrs_scale=3., mask_scale=2., **keys)
+    del pipe.denoiser.forward
+    return counts
+
+
+@pytest.mark.parametrize('kind', ['sample', 'flow', 'edm'])
+def test_a_guidance_interval_is_a_share_of_the_timesteps_and_saves_passes(kind):
+    "Two faces: 6 rows where guidance is on, 2 where it is off; in a flow t/T is its time"
+    seed_all(0)
+    sampler = make_sampler('dpm++', make_scheduler(prediction=kind), 'trailing')
+    pipe = FacePipeline(make_denoiser('smoke', 'spatial', 32), sampler, guidance_interval=(.2, .8))
+    counts = passes_by_timestep(pipe)
+    assert len(counts) == 10 and all(n == (6 if 200 <= t <= 800 else 2) for t, n in counts.items())
+    assert set(counts.values()) == {2, 6}
+    assert set(passes_by_timestep(pipe, interval=(0., 1.)).values()) == {6}, 'a call may override it'
+    assert set(passes_by_timestep(pipe, interval=(0., 0.)).values()) == {2}
+
+
+def test_the_guidance_interval_is_saved(tmp_path, pixels):
+    pipe = process('flow', guidance_interval=(.2, .8), attrs_scale=3., mask_scale=2.)
+    pipe.save_pretrained(tmp_path)
+    again = FacePipeline.from_pretrained(tmp_path)
+    named = dict(attrs={'Male': 1})
+    assert tuple(again.config.guidance_interval) == (.2, .8)
+    assert torch.equal(generate(again, **named), generate(pipe, **named))
+    assert not torch.equal(generate(again, **named), generate(again, **named, interval=(0., 1.)))
+    assert tuple(pixels.config.guidance_interval) == (0., 1.)
+    with pytest.raises(ValueError, match=r'interval \(0.8, 0.2\) must be two shares between 0 and 1, low first'):
+        process('flow', guidance_interval=(.8, .2))
+
+
+def test_pipelines_saved_before_there_was_an_interval_are_guided_always(tmp_path, pixels):
+    pixels.save_pretrained(tmp_path)
+    index = json.loads((tmp_path/'model_index.json').read_text())
+    del index['guidance_interval']
+    (tmp_path/'model_index.json').write_text(json.dumps(index))
+    again = FacePipeline.from_pretrained(tmp_path)
+    keys = dict(attrs={'Male': 1}, attrs_scale=3.)
+    assert tuple(again.config.guidance_interval) == (0., 1.)
+    assert torch.equal(generate(again, **keys), generate(pixels, **keys))
+
+
+def test_in_half_precision_it_draws_nearly_the_same(monkeypatch, pixels):
+    from facegen.diffusion import samplers
+    monkeypatch.setattr(samplers, 'precision_on', lambda where, precision: precision)
+    full, half = generate(pixels), generate(pixels, precision='bf16')
+    assert half.dtype == torch.float32 and not torch.equal(full, half) and (full - half).abs().mean() < .02
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="unknown precision 'half'"):
+        generate(pixels, precision='half')
 
 
 def test_a_callback_is_called_once_a_step_and_may_change_latents(pixels, latents):

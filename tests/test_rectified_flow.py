@@ -1,22 +1,28 @@
 """rectified flow: against diffusers, against closed forms of its own, and as a noise schedule in disguise"""
-from types import SimpleNamespace
+import math
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from facegen.conditioning.pipeline import denoise_loop
 from facegen.core import generator
-from facegen.diffusion.losses import StepRandom
-from facegen.diffusion.rectified_flow import (
-    TIMESTEP_SAMPLING, FlowAsDenoiser, RectifiedFlow, as_noise_schedule, flow_loss, make_rectified_flow)
-from facegen.diffusion.samplers import SAMPLERS, denoise, make_sampler, sample, set_steps
-from facegen.diffusion.schedules import make_scheduler, snr, training_target
+from facegen.diffusion.losses import StepRandom, diffusion_loss
+from facegen.diffusion.rectified_flow import FlowAsDenoiser, as_noise_schedule
+from facegen.diffusion.samplers import (
+    PROCESS_SAMPLERS, SAMPLERS, denoise, ideal_denoiser, make_sampler, sample, set_steps)
+from facegen.diffusion.schedules import RectifiedFlow, make_scheduler, snr, training_target
 from facegen.models.dit import make_dit
 from facegen.models.unet import make_unet
 from facegen.synthetic.toyfaces import render_faces
 
-FREE = make_rectified_flow(clip=False)
+def make_flow(T=1000, clip=True): return make_scheduler(T, prediction='flow', clip=clip)
+def euler(flow): return make_sampler('euler', flow)
+
+
+FREE, CLIPPED = make_flow(clip=False), make_flow()
+EULER = euler(FREE)
+NAMES = list(PROCESS_SAMPLERS['flow'])
 
 
 def some(*shape, key=0): return torch.randn(shape, generator=generator('test_flow', key))
@@ -47,14 +53,14 @@ def test_mixing_equals_diffusers():
 
 
 def test_mixing_does_not_depend_on_what_was_sampled_before():
-    "diffusers' own would look the time up among those that are visited"
-    x0, eps, t = *some(2, 3, 3, 4, 4), torch.tensor([1, 333, 1000])
-    flow = make_rectified_flow()
-    before = flow.add_noise(x0, eps, t)
-    flow.set_timesteps(4)
-    assert torch.equal(flow.add_noise(x0, eps, t), before)
-    with pytest.raises(IndexError):
-        flow.scale_noise(x0, t.float(), eps)
+    "A sampler, which looks the time up among those that it visits, mixes the same there"
+    x0, eps, t = *some(2, 3, 3, 4, 4), torch.tensor([1, 250, 1000])
+    before = FREE.add_noise(x0, eps, t)
+    for name in NAMES:
+        sampler = make_sampler(name, FREE)
+        sampler.set_timesteps(4)
+        torch.testing.assert_close(sampler.add_noise(x0, eps, t)[1:], before[1:])
+    assert torch.equal(FREE.add_noise(x0, eps, t), before)
 
 
 def test_ends_and_middle():
@@ -75,7 +81,7 @@ def test_the_velocity_is_the_slope_of_the_path():
 @pytest.mark.parametrize('T, steps', [
     (1000, 1), (1000, 8), (1000, 40), (1000, 125), (1000, 1000), (2000, 16), (60, 12), (7, 7), (1, 1)])
 def test_whole_timesteps_are_visited(T, steps):
-    flow = make_rectified_flow(T)
+    flow = euler(make_flow(T))
     set_steps(flow, steps)
     want = [T - i*(T//steps) for i in range(steps)]
     assert flow.timesteps.tolist() == want and [int(t) for t in flow.timesteps] == want
@@ -86,17 +92,17 @@ def test_timesteps_and_sigmas_agree_for_every_divisor():
     "The timestep that the network gets and where the process stands are the same; int() must not round 299.9999 down"
     x = torch.zeros(2, 1, 4, 4)
     for steps in (d for d in range(1, 1001) if 1000 % d == 0):
-        flow, timesteps = make_rectified_flow(clip=False), []
+        timesteps = []
         def model(x, t, cond=None):
             timesteps.append(int(t[0]))
             return torch.full_like(x, 1.)
-        *_, (t, _, _, end) = denoise(model, flow, x, steps)
+        *_, (t, _, _, end) = denoise(model, EULER, x, steps)
         assert timesteps == list(range(1000, 0, -1000//steps)) and t == 1000//steps
         assert torch.allclose(end, x - 1, atol=1e-5), 'a velocity of 1 for a time of 1'
 
 
 def test_steps_equal_diffusers():
-    ours, theirs = make_rectified_flow(clip=False), FlowMatchEulerDiscreteScheduler()
+    ours, theirs = EULER, FlowMatchEulerDiscreteScheduler()
     ours.set_timesteps(20)
     theirs.set_timesteps(sigmas=[1 - i/20 for i in range(20)])
     x = y = some(2, 3, 4, 4)
@@ -106,12 +112,61 @@ def test_steps_equal_diffusers():
     torch.testing.assert_close(x, y)
 
 
+def dpm_2m(velocity, x, times):
+    "DPM-Solver++ 2M (Lu et al. 2022, Algorithm 2) in the flow's time, in its fewest lines"
+    log_snr, last = lambda s: math.log((1 - s)/s) if 0 < s < 1 else math.inf*(1 - 2*s), None
+    for s, to in zip(times, times[1:]):
+        x0 = x - s*velocity(x, s)
+        h, before = log_snr(to) - log_snr(s), 0. if last is None else log_snr(s) - log_snr(last[0])
+        more = 0. if last is None or to == 0 else h/(2*before)*(x0 - last[1])
+        x, last = to/s*x + (1 - to/s)*(x0 + more), (s, x0)
+    return x
+
+
+@pytest.mark.parametrize('steps', [1, 2, 3, 7, 10, 20, 61])
+def test_dpm_is_its_algorithm(steps):
+    "Nothing is divided by zero or infinity: the first step starts at s = 1, the last ends at s = 0"
+    sampler, data = make_sampler('dpm++', FREE), some(6, 3, 8, 8).tanh()
+    net, x = ideal_denoiser(data, FREE, .2), some(4, 3, 8, 8, key=1)
+    *_, (_, _, _, got) = denoise(net, sampler, x, steps)
+    assert got.isfinite().all() and sampler.sigmas[-1] == 0 and sampler.sigmas[0] == 1
+    velocity = lambda x, s: net(x, torch.full((len(x),), round(1000*s)))
+    torch.testing.assert_close(got, dpm_2m(velocity, x, sampler.sigmas.double().tolist()), rtol=1e-3, atol=1e-4)
+
+
+def test_dpm_agrees_with_diffusers_own_flow_times():
+    "diffusers starts at s = 1 - 1/T: with its times, its noise to start from is a thousandth off"
+    theirs = DPMSolverMultistepScheduler(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=1.)
+    net, x = ideal_denoiser(some(6, 3, 8, 8).tanh(), FREE, .2), some(4, 3, 8, 8, key=1)
+    *_, (_, _, _, ours) = denoise(net, make_sampler('dpm++', FREE), x, 40)
+    theirs.set_timesteps(40)
+    y = x
+    for t in theirs.timesteps:
+        y = theirs.step(net(y, t.expand(4)), t, y).prev_sample
+    assert (ours - y).abs().mean() < .03 < x.abs().mean()/10
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_clipping_changes_nothing_inside(name):
+    "Where the prediction stays in [-1,1], pixels and latents are sampled alike"
+    net = ideal_denoiser(render_faces(n=4, size=16, seed=3).image, FREE)
+    free, clipped = (sample(net, make_sampler(name, flow), 4, 16, 12) for flow in (FREE, CLIPPED))
+    assert torch.allclose(free, clipped, atol=1e-5)
+
+
+def test_dpm_needs_far_fewer_steps_than_euler():
+    "On one Gaussian: second order, so that 20 steps are closer than Euler's 200"
+    error = {k: [abs(1 - std_of(gaussian(), make_sampler(k, FREE), c)/.3) for c in (20, 200)] for k in NAMES}
+    assert error['dpm++'][0] < error['euler'][1] and error['dpm++'][1] < .005
+
+
 @pytest.mark.parametrize('steps', [1, 2, 5, 50])
-def test_one_face_is_reached_in_any_number_of_steps(steps):
+@pytest.mark.parametrize('name', NAMES)
+def test_one_face_is_reached_in_any_number_of_steps(name, steps):
     "With a single face all paths are straight lines to it"
     face = render_faces(n=1, size=16, seed=3).image
     exact = lambda x, t, cond=None: (x - face)/(t/1000).view(-1, 1, 1, 1)
-    x = sample(exact, make_rectified_flow(clip=False), 3, 16, steps)
+    x = sample(exact, make_sampler(name, FREE), 3, 16, steps)
     assert torch.allclose(x, face.expand(3, -1, -1, -1), atol=1e-5)
 
 
@@ -119,14 +174,14 @@ def test_one_face_is_reached_in_any_number_of_steps(steps):
 def test_each_noise_lands_on_its_own_face(steps):
     faces = render_faces(n=4, size=16, seed=3).image
     noise = torch.stack([torch.randn(3, 16, 16, generator=generator('sample', 0, i)) for i in range(4)])
-    x = sample(lambda x, t, cond=None: noise - faces, make_rectified_flow(), 4, 16, steps)
+    x = sample(lambda x, t, cond=None: noise - faces, euler(CLIPPED), 4, 16, steps)
     assert torch.allclose(x, faces, atol=1e-4), 'clipping to [-1,1] must not touch what is inside'
 
 
 def test_a_gaussian_is_reproduced_at_first_order():
-    error = [1 - std_of(gaussian(), FREE, c)/.3 for c in (10, 20, 40)]
+    error = [1 - std_of(gaussian(), EULER, c)/.3 for c in (10, 20, 40)]
     assert all(1.6 < a/b < 2.2 for a, b in zip(error, error[1:]))
-    x = sample(gaussian(), FREE, 16, 64, 500, channels=1)
+    x = sample(gaussian(), EULER, 16, 64, 500, channels=1)
     assert abs(x.mean() - .4) < .005 and abs(x.std()/.3 - 1) < .01
 
 
@@ -137,20 +192,21 @@ def test_half_the_steps_of_the_linear_schedule():
         a = linear.alphas_cumprod[t].view(-1, 1, 1, 1)
         return (1 - a).sqrt()*(x - a.sqrt()*mean)/(a*std**2 + 1 - a)
     for c in (10, 20, 50):
-        assert 1 - std_of(gaussian(), FREE, c)/.3 < (1 - std_of(eps_of, make_sampler('ddim', linear), c)/.3)/2
+        assert 1 - std_of(gaussian(), EULER, c)/.3 < (1 - std_of(eps_of, make_sampler('ddim', linear), c)/.3)/2
 
 
 def test_clipping_keeps_pixels_in_range():
     wild = lambda x, t, cond=None: 5*x.roll(1, -1)
-    assert sample(wild, make_rectified_flow(), 2, 8, 10).abs().max() <= 1 + 1e-5
-    assert sample(wild, FREE, 2, 8, 10).abs().max() > 2
+    for name in NAMES:
+        assert sample(wild, make_sampler(name, CLIPPED), 2, 8, 10).abs().max() <= 1 + 1e-5
+        assert sample(wild, make_sampler(name, FREE), 2, 8, 10).abs().max() > 2
 
 
 # a noise schedule in disguise
 
 @pytest.mark.parametrize('T', [10, 1000])
 def test_ratios_agree(T):
-    r, s = snr(as_noise_schedule(make_rectified_flow(T)).alphas_cumprod.double()), torch.arange(1, T)/T
+    r, s = snr(as_noise_schedule(make_flow(T)).alphas_cumprod.double()), torch.arange(1, T)/T
     torch.testing.assert_close(r[:-1].sqrt(), ((1 - s)/s).double(), rtol=2e-2, atol=0)  # float32 next to abar = 1
     assert 0 < r[-1] < 1e-7
 
@@ -167,10 +223,10 @@ def test_same_picture_but_for_scale():
 def test_euler_is_ddim(steps, clip):
     "Where the prediction is clipped, the noise must follow from it; diffusers' DDIM does so if asked"
     net = lambda x, t, cond=None: torch.tanh(3*x.roll(1, -1)) + x*(t/1000).view(-1, 1, 1, 1)
-    flow = make_rectified_flow(clip=clip)
+    flow = make_flow(clip=clip)
     ddim, model = make_sampler('ddim', as_noise_schedule(flow)), FlowAsDenoiser(net, flow)
     x = some(3, 3, 8, 8)
-    *_, (_, _, _, got) = denoise(net, flow, x, steps)
+    *_, (_, _, _, got) = denoise(net, euler(flow), x, steps)
     set_steps(ddim, steps)
     for t in ddim.timesteps:
         x = ddim.step(model(x, t.expand(3)), t, x, use_clipped_model_output=clip).prev_sample
@@ -183,7 +239,7 @@ def test_every_sampler_runs_on_a_flow(name):
     error = [abs(std_of(model, sampler, c)/.3 - 1) for c in (20, 100)]
     assert error[1] < error[0] < .25 and error[1] < .1
     if name in ('dpm++', 'unipc'):
-        assert error[0] < (1 - std_of(gaussian(), FREE, 20)/.3)/4
+        assert error[0] < (1 - std_of(gaussian(), EULER, 20)/.3)/4
 
 
 def test_a_flow_as_denoiser_passes_on_condition_and_mode():
@@ -201,27 +257,11 @@ def test_a_flow_as_denoiser_passes_on_condition_and_mode():
 
 # the loss
 
-@pytest.mark.parametrize('timestep_sampling', TIMESTEP_SAMPLING)
-def test_a_slice_gives_the_numbers_of_the_whole(timestep_sampling):
-    face, calls = render_faces(n=6, size=16, seed=1), []
-    condition_of = lambda face, rng: rng.rand(len(face.image))
-    loss = flow_loss(FREE, condition_of=condition_of, timestep_sampling=timestep_sampling)
-    def net(x, t, cond):
-        calls.append((t, cond))
-        return x*(t/500).view(-1, 1, 1, 1)
-    part = lambda a: loss(net, type(face)(*(x[a:a+2] for x in face)), StepRandom(2, 5, 6, a, a+2))
-    whole = loss(net, face, StepRandom(2, 5, 6))
-    parts = torch.cat([part(a) for a in (0, 2, 4)])
-    assert whole.shape == (6,) and torch.equal(whole, parts) and len(set(whole.tolist())) == 6
-    for i in (0, 1):
-        assert torch.equal(calls[0][i], torch.cat([c[i] for c in calls[1:]]))
-
-
 def test_the_loss_is_the_squared_error_of_the_velocity():
     face, n = render_faces(n=64, size=16, seed=1), 64
     rng = StepRandom(0, 0, n)
     t, eps = rng.randint(1, 1001, n), rng.randn(face.image.shape)
-    loss = lambda net, **k: flow_loss(FREE, **k)(net, face, StepRandom(0, 0, n))
+    loss = lambda net, **k: diffusion_loss(FREE, **k)(net, face, StepRandom(0, 0, n))
     assert loss(lambda x, t: eps - face.image).max() < 1e-10
     torch.testing.assert_close(loss(lambda x, t: eps - face.image + .5), torch.full((n,), .25))
     zero = loss(lambda x, t: 0*x)
@@ -234,7 +274,7 @@ def test_the_loss_is_the_squared_error_of_the_velocity():
 
 
 def test_only_the_rng_is_random():
-    face, loss, net = render_faces(n=4, size=16), flow_loss(FREE), lambda x, t: x
+    face, loss, net = render_faces(n=4, size=16), diffusion_loss(FREE), lambda x, t: x
     a = loss(net, face, StepRandom(0, 0, 4))
     torch.manual_seed(1)
     assert torch.equal(a, loss(net, face, StepRandom(0, 0, 4)))
@@ -252,30 +292,6 @@ def test_a_velocity_error_is_a_noise_error_at_another_price():
     torch.testing.assert_close(of_velocity*(1 - s)**2, of_noise, rtol=1e-2, atol=1e-4)
 
 
-def test_timestep_sampling():
-    n, rng = 40_000, StepRandom(0, 0, 40_000)
-    sample_uniform, sample_normal = TIMESTEP_SAMPLING['uniform'], TIMESTEP_SAMPLING['logit-normal']
-    uniform, normal = sample_uniform(rng, n, 1000), sample_normal(rng, n, 1000)
-    for t in (uniform, normal):
-        assert t.dtype == torch.int64 and 1 <= t.min() and t.max() <= 1000
-    assert uniform.min() == 1 and uniform.max() == 1000
-    counts = torch.histc(uniform.float(), 10, .5, 1000.5)/n
-    assert (counts - .1).abs().max() < .01
-    logit = (normal/1000 - 5e-4).logit()  # the middle of what was rounded up to t
-    assert abs(logit.mean()) < .02 and abs(logit.std() - 1) < .02
-    assert set(sample_uniform(StepRandom(0, 1, 300), 300, 3).tolist()) == {1, 2, 3}
-    assert abs((sample_normal(StepRandom(0, 2, n), n, 2) == 1).float().mean() - .5) < .01, 'as often early as late'
-    extreme = SimpleNamespace(randn=lambda shape: torch.tensor([-200., -20., 20., 200.]))
-    assert sample_normal(extreme, 4, 1000).tolist() == [1, 1, 1000, 1000]
-
-
-def test_the_config_says_what_defines_the_loss():
-    config = flow_loss(make_rectified_flow(60), timestep_sampling='logit-normal').config
-    assert config == dict(num_train_timesteps=60, prediction_type='flow', timestep_sampling='logit-normal')
-    assert flow_loss(FREE).config != flow_loss(FREE, timestep_sampling='logit-normal').config
-    assert FREE.config.prediction_type == 'flow'
-
-
 # in use
 
 @pytest.mark.parametrize('make', [lambda: make_unet('smoke', 32), lambda: make_dit('smoke', 32)], ids=['unet', 'dit'])
@@ -283,7 +299,7 @@ def test_networks_train_and_sample(make):
     torch.manual_seed(0)
     net, face, timesteps = make(), render_faces(n=4, size=32), []
     net.register_forward_hook(lambda m, args, out: timesteps.extend(args[1].tolist()))
-    loss, opt = flow_loss(make_rectified_flow()), torch.optim.AdamW(net.parameters(), lr=2e-3)
+    loss, opt = diffusion_loss(CLIPPED, timestep_sampling='logit-normal'), torch.optim.AdamW(net.parameters(), lr=2e-3)
     curve = []
     for _ in range(8):
         opt.zero_grad()
@@ -294,20 +310,22 @@ def test_networks_train_and_sample(make):
     assert curve[-1] < .95*curve[0]
     timesteps.clear()
     net.train()
-    x = sample(net, make_rectified_flow(), 3, 32, 4)
+    sampler = make_sampler('dpm++', CLIPPED)
+    x = sample(net, sampler, 3, 32, 4)
     assert x.shape == (3, 3, 32, 32) and x.isfinite().all() and x.abs().max() <= 1 + 1e-5 and net.training
     assert sorted(set(timesteps)) == [250, 500, 750, 1000]
-    assert torch.allclose(x, sample(net, make_rectified_flow(), 3, 32, 4, batch=2), atol=1e-4)
+    assert torch.allclose(x, sample(net, sampler, 3, 32, 4, batch=2), atol=1e-4)
     t = torch.tensor([1, 999, 1000])
     out = net(face.image[:1].expand(3, -1, -1, -1), t)
     assert out.isfinite().all() and not torch.allclose(out[1], out[2], atol=1e-7)
 
 
-def test_the_pipeline_can_sample_it():
+@pytest.mark.parametrize('name', NAMES)
+def test_the_pipeline_can_sample_it(name):
     "From nothing, from the middle, and around a part that is kept"
     face, noise = render_faces(n=2, size=16, seed=3).image, some(2, 3, 16, 16)
     exact = lambda x, t, cond=None: (x - face)/(t/1000).view(-1, 1, 1, 1)
-    flow = make_rectified_flow()
+    flow = make_sampler(name, CLIPPED)
     for start in (0, 3, 5):
         flow.set_timesteps(5)
         assert torch.allclose(denoise_loop(exact, flow, face, noise, None, start), face, atol=1e-4)
@@ -318,37 +336,43 @@ def test_the_pipeline_can_sample_it():
     assert torch.equal(half[..., 8:, :], face[..., 8:, :]) and half[..., :8, :].abs().max() < 1e-5
 
 
-def test_saved_and_loaded(tmp_path):
-    make_rectified_flow(60, clip=False).save_pretrained(tmp_path)
-    flow = RectifiedFlow.from_pretrained(tmp_path)
-    flow.set_timesteps(3)
-    assert (flow.config.prediction_type, flow.config.clip_sample) == ('flow', False)
-    assert flow.timesteps.tolist() == [60, 40, 20]
+@pytest.mark.parametrize('name', NAMES)
+def test_saved_and_loaded(name, tmp_path):
+    make_flow(60, clip=False).save_pretrained(tmp_path/'flow')
+    flow = RectifiedFlow.from_pretrained(tmp_path/'flow')
+    assert (flow.config.num_train_timesteps, flow.config.clip_sample) == (60, False)
+    sampler = make_sampler(name, flow)
+    sampler.save_pretrained(tmp_path/'sampler')
+    again = type(sampler).from_pretrained(tmp_path/'sampler')
+    again.set_timesteps(3)
+    assert again.timesteps.tolist() == [60, 40, 20]
+    assert torch.equal(sample(gaussian(T=60), again, 2, 8, 7), sample(gaussian(T=60), sampler, 2, 8, 7))
 
 
 # wrong use
 
-@pytest.mark.parametrize('steps', [0, 3, 300, 1001, -5])
-def test_steps_that_do_not_divide(steps):
-    with pytest.raises(ValueError, match=f'steps={steps} does not divide the 1000'):
-        make_rectified_flow().set_timesteps(steps)
-    with pytest.raises(ValueError, match=f'steps={steps} does not divide the 1000'):
-        sample(lambda x, t, cond=None: x, make_rectified_flow(), 1, 8, steps)
+@pytest.mark.parametrize('steps', [0, 1001, -5, 2.5, True])
+@pytest.mark.parametrize('name', NAMES)
+def test_steps_that_cannot_be(name, steps):
+    with pytest.raises(ValueError, match='take a whole number from 1 to 1000'):
+        sample(lambda x, t, cond=None: x, make_sampler(name, CLIPPED), 1, 8, steps)
 
 
 @pytest.mark.parametrize('T', [0, -1, 10.5, True, '1000'])
 def test_no_number_of_timesteps(T):
     with pytest.raises(ValueError, match='is no number of timesteps: take a whole number from 1'):
-        make_rectified_flow(T)
+        make_flow(T)
 
 
 def test_what_does_not_fit_is_said():
-    with pytest.raises(ValueError, match="predicts 'epsilon': give it make_rectified_flow"):
-        flow_loss(make_scheduler())
-    with pytest.raises(ValueError, match="predicts None: give it make_rectified_flow"):
-        flow_loss(FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(ValueError, match="unknown timestep_sampling 'late': it must be one of uniform, logit-normal"):
-        flow_loss(FREE, timestep_sampling='late')
+    for wrong in (dict(beta='cosine'), dict(zero_snr=True)):
+        with pytest.raises(ValueError, match="prediction='flow' has no betas: leave beta and zero_snr"):
+            make_scheduler(prediction='flow', **wrong)
+    with pytest.raises(ValueError, match="sigma_data=1.0 belongs to prediction='edm', not to 'flow'"):
+        make_scheduler(prediction='flow', sigma_data=1.)
+    for name in ('ddim', 'unipc'):
+        with pytest.raises(ValueError, match=f"unknown sampler '{name}' for .* 'flow': it must be one of euler, dpm"):
+            make_sampler(name, FREE)
     with pytest.raises(ValueError, match="must be 'flow', not 'epsilon'"):
         RectifiedFlow(prediction_type='epsilon')
     with pytest.raises(ValueError, match="must be 'flow', not 'epsilon'"):

@@ -1,5 +1,5 @@
 """A batch skips, resumes, fails and recovers as it should, and its results become one table."""
-import os, shutil, subprocess, sys
+import io, os, platform, shutil, subprocess, sys
 from pathlib import Path
 
 import nbformat, pytest
@@ -49,38 +49,48 @@ def snake(home, *more, ok=True):
     return p.stdout + p.stderr
 
 
+def with_needs(runs):
+    "Runs, and all that they need, directly or not"
+    found = set(runs)
+    for run in runs:
+        found |= with_needs(experiments.job(run)['needs'])
+    return found
+
+
 def test_a_batch_runs_skips_and_reruns_only_what_changed(home):
     "Everything runs once, judges first since no weights are here; then nothing; then only what has no result any more"
     snake(home)
     made = {p.name: p.stat().st_mtime_ns for p in (home/'data/results').glob('*.json')}
     generators = experiments.run_names('smoke', 2, experiments.DEMO)
-    judges = experiments.run_names('smoke', 1, ['classifier32', 'parser32'])
-    assert set(made) == {f'{n}.json' for n in generators + judges}
-    plotted = runner.available_figures('smoke', experiments.DEMO)
-    assert set((home/'figures').glob('*.png')) == {runner.figure_path(f, 'smoke') for f in plotted}
+    assert set(made) == {f'{n}.json' for n in with_needs(generators)}
+    first = generators[0]
+    assert set((home/'figures').glob('*.png')) == {runner.figure_path(experiments.DEMO_FIGURE, 'smoke')}
     assert 'Nothing to be done' in snake(home)
-    a, b = (load_result(home/f'data/results/_attrs-smoke-s{s}.json') for s in (0, 1))
+    a, b = (load_result(home/f'data/results/{run}.json') for run in generators[:2])
     assert a['params']['seed'] == 0 and b['params']['seed'] == 1 and a['metrics'] != b['metrics']
     before = a['metrics']
-    (home/'data/results/_attrs-smoke-s0.json').unlink()
+    (home/f'data/results/{first}.json').unlink()
     snake(home)
     now = {p.name: p.stat().st_mtime_ns for p in (home/'data/results').glob('*.json')}
-    assert {n for n in made if now[n] != made[n]} == {'_attrs-smoke-s0.json'}
-    again = load_result(home/'data/results/_attrs-smoke-s0.json')
+    assert {n for n in made if now[n] != made[n]} == {f'{first}.json'}
+    again = load_result(home/f'data/results/{first}.json')
     assert again['metrics'] == before  # the same numbers, to the last bit
 
 
 def test_a_failing_run_stops_its_branch_only_and_keeps_its_notebook(home):
     "A judge whose folder holds a foreign state fails; the parser, another branch, is still made"
-    bad = home/'data/runs/_classifier32-smoke-s0'
+    run, = experiments.run_names('smoke', 1, experiments.DEMO[:1])
+    judge = next(n for n in experiments.job(run)['needs'] if 'classifier' in n)
+    parser = next(n for n in experiments.job(run)['needs'] if 'parser' in n)
+    bad = home/f'data/runs/{judge}'
     bad.mkdir(parents=True)
     (bad/'state.safetensors').write_bytes(b'not a state')
     out = snake(home, ok=False)
-    assert (home/'data/results/_parser32-smoke-s0.json').exists()
-    assert not (home/'data/results/_attrs-smoke-s0.json').exists()
-    assert '_classifier32-smoke-s0 failed with' in out
-    assert str(bad/'_classifier32-smoke-s0.ipynb') in out
-    kept = nbformat.read(bad/'_classifier32-smoke-s0.ipynb', 4)
+    assert (home/f'data/results/{parser}.json').exists()
+    assert not (home/f'data/results/{run}.json').exists()
+    assert f'{judge} failed with' in out
+    assert str(bad/f'{judge}.ipynb') in out
+    kept = nbformat.read(bad/f'{judge}.ipynb', 4)
     assert any(o.output_type == 'error' for c in kept.cells if c.cell_type == 'code' for o in c.outputs)
 
 
@@ -115,3 +125,90 @@ def test_committed_weights_are_small_and_load():
     assert name == 'classifier32-laptop-s0' and c.config.size == 32
     p, name = load_parser(str(REPO/'data/weights/parser32-laptop-s0/judge'))
     assert name == 'parser32-laptop-s0' and p.config.size == 32
+
+
+def test_a_demonstration_writes_into_its_own_folder_and_goes_on(home):
+    "Results in git stay as they are, one line a run is shown, and the second call has nothing to do"
+    save_result('attrs-laptop-s0', dict(steps=3), [RECORD])
+    committed = (home/'data/results/attrs-laptop-s0.json').read_bytes()
+
+    def demo():
+        command = [sys.executable, '-c', 'from facegen.study.commands import main; main()', 'demo', '--scale', 'smoke']
+        p = subprocess.run([*command, '--jobs', '2'], capture_output=True, text=True, cwd=home)
+        assert p.returncode == 0, p.stdout + p.stderr
+        return p.stdout, p.stderr.splitlines()
+
+    table, lines = demo()
+    runs = experiments.run_names('smoke', 1, experiments.DEMO)
+    ended = [line.split()[0] for line in lines if ' done in ' in line]
+    assert set(ended) == with_needs(runs)  # there are no committed weights here
+    assert len(lines) < 20 and 'rule' not in ' '.join(lines)
+    assert {p.name for p in home.iterdir()} == {'data', 'demo'} and {p.name for p in (home/'data').iterdir()} <= {
+        'faces', 'latents', 'results'}
+    assert [p.read_bytes() for p in (home/'data/results').iterdir()] == [committed]
+    assert {f'{n}.json' for n in ended} == {p.name for p in (home/'demo/data/results').glob('*.json')}
+    assert [p.name for p in (home/'demo/figures').iterdir()] == ['_what-does-a-condition-bring-smoke.png']
+    assert 'nothing to compare with' in table and f'facegen sample demo/data/runs/{runs[-1]}' in table
+    made = {p: p.stat().st_mtime_ns for p in (home/'demo/data/results').iterdir()}
+    assert demo()[1] == [] and made == {p: p.stat().st_mtime_ns for p in (home/'demo/data/results').iterdir()}
+
+
+def test_a_folder_outside_of_the_study_is_refused(home, monkeypatch):
+    monkeypatch.setenv('FACEGEN_OUT', 'demo')
+    assert runner.figure_path('53_demo', 'demo') == home/'demo/figures/what-does-a-condition-bring-demo.png'
+    monkeypatch.setenv('FACEGEN_OUT', '../elsewhere')
+    with pytest.raises(ValueError, match='FACEGEN_OUT=.*lies outside of .*: name a folder inside'):
+        runner.figure_path('53_demo', 'demo')
+
+
+def test_a_lock_goes_only_when_nobody_can_hold_it(home):
+    lock, note = home/'.snakemake/locks/0.output.lock', home/'.snakemake/batch-runs-on'
+    assert not runner.unlock(home)
+    lock.parent.mkdir(parents=True)
+    lock.write_text('x')
+    with pytest.raises(RuntimeError, match='perhaps from another machine.*snakemake --unlock'):
+        runner.unlock(home)
+    note.write_text('another machine')
+    with pytest.raises(RuntimeError, match='another machine'):
+        runner.unlock(home)
+    note.write_text(platform.node())
+    alive = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)', 'snakemake'], cwd=home)
+    try:
+        with pytest.raises(RuntimeError, match=f'at work in .* {alive.pid}.*: wait for it, or stop it'):
+            runner.unlock(home)
+    finally:
+        alive.kill()
+        alive.wait()
+    assert lock.exists() and runner.unlock(home) and not lock.exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self): return True
+
+
+def test_a_terminal_shows_one_line_a_run_in_place_and_a_file_few():
+    "Escape sequences go up as many lines as were written; without a terminal there is a line every 30 s at most"
+    screen, file = Terminal(), io.StringIO()
+    for status in (runner.StatusLines(screen), runner.StatusLines(file)):
+        for i in range(5):
+            status.show({'a': f'{i} %', 'b': 'x'*500})
+        status.say('a is done')
+    assert screen.getvalue().count('\x1b[2F\x1b[J') == 5 and screen.getvalue().endswith('\x1b[Ja is done\n')
+    assert max(map(len, screen.getvalue().replace('\x1b[2F\x1b[J', '').splitlines())) < 500
+    assert file.getvalue() == 'a is done\n'
+    often = runner.StatusLines(file, every=0)
+    often.show({'a': '5 %', 'b': '6 %'})
+    assert file.getvalue().endswith('a 5 %; b 6 %\n')
+
+
+def test_of_announcements_that_begin_alike_the_first_is_repeated(home):
+    path, file, said = home/'a-run.progress', io.StringIO(), set()
+    status = runner.StatusLines(file, every=0)
+    path.write_text('training: 0 %\r# preview after 1 step: p1\ntraining: 5 %, loss=0.2, 00:09 left\r')
+    runner.show_files([path], status, said)
+    with path.open('a') as f:
+        f.write('# preview after 2 steps: p2\n# resumed\n\ntraining: 7 %\r')
+    runner.show_files([path, home/'gone.progress'], status, said)
+    assert [' '.join(line.split()) for line in file.getvalue().splitlines()] == [
+        'a-run preview after 1 step: p1', 'a-run training: 5 %, loss=0.2, 00:09 left', 'a-run resumed',
+        'a-run training: 7 %']

@@ -1,12 +1,19 @@
 """samplers: single steps against diffusers, whole paths against data whose best denoiser is known in closed form"""
+import time
+
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import nn
 
 from facegen.core import generator
-from facegen.diffusion.schedules import PREDICTIONS, make_scheduler, predict_eps, predict_x0
-from facegen.diffusion.samplers import SAMPLERS, denoise, ideal_denoiser, make_sampler, sample, set_steps
+from facegen.diffusion import samplers
+from facegen.diffusion.schedules import PREDICTIONS, make_scheduler, noise_levels, predict_eps, predict_x0
+from facegen.diffusion.samplers import (
+    PROCESS_SAMPLERS, SAMPLERS, denoise, ideal_denoiser, make_sampler, precision_on, sample, samplers_of, set_steps,
+    visited)
 
+EVERY = [(kind, name) for kind in ('epsilon', *PROCESS_SAMPLERS) for name in PROCESS_SAMPLERS.get(kind, SAMPLERS)]
 CENTRES = torch.rand(5, 3, 8, 8, generator=generator('centres'))*2 - 1
 
 
@@ -170,9 +177,166 @@ def test_timesteps_that_are_visited(name):
         set_steps(s, steps)
         gap = 1000//steps
         assert s.timesteps.tolist() == list(range(999, -1, -gap)), steps
-    for steps, says in ((30, '25 or 40'), (61, '50 or 100'), (0, 'take 1'), (2000, '1000')):
-        with pytest.raises(ValueError, match=says):
+    for steps in (0, 2000, -1, 2.5, True):
+        with pytest.raises(ValueError, match='take a whole number from 1 to 1000'):
             set_steps(s, steps)
+
+
+@pytest.mark.parametrize('spacing', ['trailing', 'leading', 'karras'])
+@pytest.mark.parametrize('kind', ['epsilon', 'v_prediction', 'flow', 'edm'])
+def test_any_number_of_timesteps_is_visited_once_each_from_noise_to_face(kind, spacing):
+    for T, counts in ((60, range(1, 61)), (1000, (1, 2, 3, 7, 30, 61, 300, 501, 999, 1000))):
+        beta, zero = ('cosine', False) if kind == 'epsilon' else ('linear', kind == 'v_prediction')
+        levels = noise_levels(make_scheduler(T, beta, kind, zero))
+        for n in counts:
+            t = visited(levels, n, spacing)
+            assert t.shape == (n,) and t.dtype == torch.int64 and (t.diff() < 0).all() and 0 <= t[-1] and t[0] < T
+            assert t[0] == (T - 1 if spacing != 'leading' else (n - 1)*T//n), 'but for leading, it starts in pure noise'
+            last = dict(leading=0, trailing=round(T/n + 1e-9) - 1)  # no step is longer than the others
+            assert t[-1] == last[spacing] if spacing in last else n <= 10 or t[-1] < T/n, 'the last are smallest'
+
+
+@pytest.mark.parametrize('name', ['ddpm', 'ddim'])
+def test_leading_is_diffusers_own_for_divisors(name):
+    for steps in (1, 5, 50, 250, 1000):
+        cls = samplers.DDPMScheduler if name == 'ddpm' else DDIMScheduler
+        ours, theirs = make_sampler(name, make_scheduler(), 'leading'), cls(timestep_spacing='leading')
+        for s in (ours, theirs):
+            s.set_timesteps(steps)
+        assert torch.equal(ours.timesteps, theirs.timesteps)
+
+
+@pytest.mark.parametrize('kind,name', EVERY)
+def test_more_steps_are_not_worse_whatever_their_number(kind, name):
+    "One Gaussian: how wrong is its standard deviation? .005 is the noise of 16 x 64 x 64 numbers"
+    noise = make_scheduler(prediction=kind, clip=False, sigma_data=.5 if kind == 'edm' else None)
+    model, sampler = gaussian(noise), make_sampler(name, noise, 'trailing')
+    counts = (2, 3, 5, 7, 11, 20, 30, 61, 130, 300)
+    error = [abs(float(sample(model, sampler, 16, 64, c, channels=1).std())/.3 - 1) for c in counts]
+    best = [min(error[:i + 1]) for i in range(len(error))]
+    assert all(e <= b + .04 for e, b in zip(error[3:], best[3:])), error  # second order may cross zero on its way
+    assert error[-1] < .07 if name in ('ddpm', 'ddim', 'euler') else max(error[-3:]) < .012, error
+
+
+@pytest.mark.parametrize('kind,name', [e for e in EVERY if e[1] != 'ddpm'])
+def test_more_steps_come_nearer_to_where_a_thousand_lead(kind, name):
+    noise = make_scheduler(prediction=kind, clip=False, sigma_data=.5 if kind == 'edm' else None)
+    model, sampler = ideal_denoiser(CENTRES, noise, .2), make_sampler(name, noise)
+    end = sample(model, sampler, 24, 8, 1000)
+    counts = 3, 7, 17, 61, 130, 300
+    distance = [float((sample(model, sampler, 24, 8, c) - end).square().mean().sqrt()) for c in counts]
+    assert all(b <= a + .01 for a, b in zip(distance, distance[1:])) and distance[-1] < .01, distance
+
+
+@pytest.mark.parametrize('name', ['dpm++', 'unipc'])
+def test_karras_needs_fewer_steps_to_a_sharp_end(name):
+    noise = make_scheduler(clip=False)
+    model = ideal_denoiser(CENTRES, noise, .02)
+    far = lambda spacing: abs(sample(model, make_sampler(name, noise, spacing), 40, 8, 20) - nearest).mean()
+    end = sample(model, make_sampler(name, noise), 40, 8, 500)
+    nearest = CENTRES[(end[:, None] - CENTRES).abs().mean((2, 3, 4)).argmin(1)]
+    assert abs(float((end - nearest).std()) - .02) < .005 and far('karras') < .1
+    for refused in ('ddpm', 'ddim'):
+        with pytest.raises(ValueError, match="spacing 'karras' is not for"):
+            make_sampler(refused, noise, 'karras')
+
+
+def test_a_sampler_of_diffusers_itself_is_used_where_it_is_right_only():
+    plain = DDIMScheduler(timestep_spacing='trailing')
+    set_steps(plain, 50)
+    with pytest.raises(ValueError, match='steps=30 does not divide the 1000 .* make the sampler with make_sampler'):
+        set_steps(plain, 30)
+
+
+@pytest.mark.parametrize('name,cls', [('dpm++', DPMSolverMultistepScheduler), ('unipc', UniPCMultistepScheduler)])
+def test_a_clamp_has_the_bits_of_a_sorted_quantile_and_is_not_slower(name, cls):
+    noise = make_scheduler()
+    ours = make_sampler(name, noise)
+    theirs = cls.from_config({k: v for k, v in ours.config.items() if k != '_class_name'})
+    wild = lambda x, t, cond=None: 3*torch.tanh(x.roll(1, -1)) + x
+    start = torch.randn(4, 3, 16, 16, generator=generator('wild'))
+    for s in (ours, theirs):
+        s.set_timesteps(20)
+    x = y = start
+    for t, u in zip(ours.timesteps, theirs.timesteps):
+        assert t == u
+        x, y = ours.step(wild(x, t), t, x).prev_sample, theirs.step(wild(y, u), u, y).prev_sample
+    assert torch.equal(x, y) and x.abs().max() <= 1
+    big = torch.randn(16, 3, 64, 64, generator=generator('big'))*2
+    seconds = {}
+    for s in (ours, theirs):
+        begin = time.process_time()
+        for _ in range(5):
+            out = s._threshold_sample(big)
+        seconds[s is ours] = time.process_time() - begin
+        assert out.abs().max() == 1
+    assert seconds[True] < seconds[False]
+
+
+def test_ddim_is_diffusers_where_that_is_right():
+    for prediction in PREDICTIONS:
+        for clip in (False, True):
+            ours = make_sampler('ddim', make_scheduler(prediction=prediction, clip=clip))
+            theirs = DDIMScheduler.from_config({k: v for k, v in ours.config.items() if k != '_class_name'})
+            x = y = torch.randn(2, 3, 8, 8, generator=generator('ddim'))
+            wild = lambda x: torch.tanh(2*x.roll(1, -1))
+            for s in (ours, theirs):
+                s.set_timesteps(25)
+            for t in ours.timesteps:
+                x, y = ours.step(wild(x), t, x).prev_sample, theirs.step(wild(y), t, y).prev_sample
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+# memory and precision
+
+def test_a_batch_that_does_not_fit_is_halved_and_changes_nothing():
+    noise = make_scheduler()
+    ideal, sampler, sizes = ideal_denoiser(CENTRES, noise), make_sampler('dpm++', noise), []
+    def small(x, t, cond=None, limit=3):
+        sizes.append(len(x))
+        if len(x) > limit: raise torch.OutOfMemoryError('no room')
+        return ideal(x, t)
+    x = sample(small, sampler, 11, 8, 4)
+    assert set(sizes) == {11, 6, 3, 2} and sizes.count(11) == 1, 'once too many, then never again'
+    torch.testing.assert_close(x, sample(ideal, sampler, 11, 8, 4), rtol=1e-4, atol=1e-4)
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(small, sampler, 11, 8, 4, batch=5)
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(lambda x, t, cond: small(x, t, limit=0), sampler, 2, 8, 4)
+
+
+def test_half_precision_is_the_networks_alone(monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Conv2d(3, 3, 3, padding=1)
+    seen = []
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+        def forward(self, x, t, cond=None):
+            assert x.dtype == torch.float32
+            out = self.net(x)
+            seen.append(out.dtype)
+            return out
+    sampler = make_sampler('dpm++', make_scheduler(prediction='sample'))
+    draw = lambda precision: sample(Net(), sampler, 2, 8, 4, precision=precision)
+    monkeypatch.setattr(samplers, 'precision_on', lambda where, precision: precision)
+    full, half = draw('no'), draw('bf16')
+    assert seen == [torch.float32]*4 + [torch.bfloat16]*4 and half.dtype == torch.float32
+    assert not torch.equal(full, half) and (full - half).abs().max() < .05
+
+
+def test_bf16_only_where_it_is_native(monkeypatch):
+    cpu = torch.device('cpu')
+    for native, want in ((True, 'bf16'), (False, 'no')):
+        monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: native)
+        monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: native)
+        assert precision_on(cpu, 'bf16') == want and precision_on(cpu, 'no') == 'no'
+    assert precision_on(torch.device('cuda'), 'fp16') == 'fp16'
+    with pytest.raises(ValueError, match="precision='fp16' is for GPUs"):
+        precision_on(cpu, 'fp16')
+    with pytest.raises(ValueError, match="unknown precision 'half'"):
+        sample(lambda x, t, cond: x, make_sampler('ddim', make_scheduler()), 1, 8, 2, precision='half')
 
 
 def test_what_is_carried_over():
@@ -205,5 +369,6 @@ def test_every_step_is_yielded():
 def test_wrong_names():
     with pytest.raises(ValueError, match='ddpm, ddim, dpm\\+\\+, unipc'):
         make_sampler('euler', make_scheduler())
-    with pytest.raises(ValueError, match='trailing or leading'):
+    assert list(samplers_of(make_scheduler(prediction='flow'))) == ['euler', 'dpm++']
+    with pytest.raises(ValueError, match='trailing, leading or karras'):
         make_sampler('ddim', make_scheduler(), 'linspace')

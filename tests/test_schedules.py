@@ -84,8 +84,18 @@ def test_variance_is_kept():
     assert abs(xt.flatten(1).var(1).mean() - 1) < .02
 
 
+def test_a_sampler_is_no_noise_scheduler():
+    "A sampler of a flow has another word for its prediction: it is refused, not taken for noise"
+    from facegen.diffusion.samplers import make_sampler
+    x0, eps = batch()
+    with pytest.raises(ValueError, match="predicts 'flow_prediction': pass the noise scheduler of the training"):
+        predict_x0(eps, x0, torch.arange(4), make_sampler('dpm++', make_scheduler(prediction='flow')))
+
+
 @pytest.mark.parametrize('wrong,says', [
-    (dict(beta='cubic'), 'linear, scaled_linear, cosine'), (dict(prediction='noise'), 'epsilon, sample, v_prediction'),
+    (dict(prediction='edm', sigma_data=-1.), 'it must be above 0'),
+    (dict(sigma_data=1.), "belongs to prediction='edm'"), (dict(beta='cubic'), 'linear, scaled_linear, cosine'),
+    (dict(prediction='noise'), 'epsilon, sample, v_prediction, flow, edm'),
     (dict(zero_snr=True), 'take v_prediction'), (dict(T=100), 'of the signal'),
     (dict(beta='cosine', clip=False), 'take v_prediction')])
 def test_wrong_calls(wrong, says):

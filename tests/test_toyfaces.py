@@ -1,5 +1,5 @@
-"""Toy faces: exact masks, visible attributes, CelebA's shares, the same in every batch and size, official layout."""
-import hashlib
+"""Toy faces: exact masks, visible attributes, CelebA's shares, the same in every batch and size, packs and files."""
+import hashlib, multiprocessing, os, signal
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +8,13 @@ import torch
 from PIL import Image
 
 from facegen.core import ATTRIBUTES, PARTS
-from facegen.data.faces import Face, flip_faces
+from facegen.data.faces import Face, flip_faces, load_faces, prepare
+from facegen.data.packing import square_crop
+from facegen.plotting import to_uint8
+from facegen.synthetic import toyfaces
 from facegen.synthetic.attribute_sampling import OCCLUSIONS, sample_attributes, sample_factors
 from facegen.synthetic.canvas import Canvas, ellipse, hex_colour, paint, parabola_wave, triangle_wave, window
-from facegen.synthetic.toyfaces import STYLES, gaussian_blur, render_face, render_faces, write_toyfaces
+from facegen.synthetic.toyfaces import STYLES, gaussian_blur, pack_toyfaces, render_face, render_faces, write_toyfaces
 
 COL = {a: i for i, a in enumerate(ATTRIBUTES)}
 # Shares of each attribute over the 202,599 pictures of CelebA, as published
@@ -246,6 +249,113 @@ def test_unknown_name():
         render_face('Smile')
 
 
+# -- packed
+
+def process(target, *args):
+    "Start a process that shares all that is imported here"
+    p = multiprocessing.get_context('fork').Process(target=target, args=args)
+    p.start()
+    return p
+
+
+@pytest.mark.parametrize('style, size', [('flat', 64), ('ink', 100), ('mixed', 32), ('flat', 16)])
+def test_a_pack_is_what_was_rendered(tmp_path, style, size):
+    "Pixels to the last bit; below 64 px the face of 64 px made smaller, as files are"
+    faces = load_faces(pack_toyfaces(tmp_path/'toy', 5, size, seed=3, style=style))
+    drawn = render_faces(n=5, size=max(size, 64), seed=3, style=style)
+    images, masks = to_uint8(drawn.image), drawn.mask.numpy().astype(np.uint8)
+    if size < 64:
+        images = np.stack([square_crop(Image.fromarray(x), size, Image.LANCZOS) for x in images])
+        masks = np.stack([square_crop(Image.fromarray(x), size, Image.NEAREST) for x in masks])
+    image, mask = faces.uint8(range(5))
+    assert np.array_equal(image.movedim(1, -1), images) and np.array_equal(mask, masks)
+    assert torch.equal(faces.attrs, drawn.attrs) and faces.ids == list('01234') and faces.size == size
+
+
+def test_a_pack_equals_the_pack_of_the_files(tmp_path):
+    "The columns of `prepare`; only the photos differ, which JPEG has changed a little"
+    straight = load_faces(pack_toyfaces(tmp_path/'straight', 70, 64, seed=8))
+    files = load_faces(prepare(write_toyfaces(tmp_path/'raw', 70, 64, seed=8), tmp_path/'packed', 64))
+    assert straight.table.schema.equals(files.table.schema)
+    for column in ('id', 'mask', 'attrs', 'identity', 'celeba'):
+        assert straight.table[column].to_pylist() == files.table[column].to_pylist(), column
+    assert (straight[:].image - files[:].image).abs().mean() < .03
+    assert straight.meta['rendered'] is files.meta['rendered'] is True and straight.meta['masks'] == 70
+
+
+def test_workers_change_no_bit_of_a_pack(tmp_path):
+    one, two = (load_faces(pack_toyfaces(tmp_path/str(w), 130, 16, workers=w))[:] for w in (1, 2))
+    assert same(one, two)
+
+
+def test_the_key_changes_with_all_that_changes_a_face(tmp_path, monkeypatch):
+    def key(name, n=2, *args, **kw): return load_faces(pack_toyfaces(tmp_path/name, n, *args, **kw)).meta['key']
+    keys = [key('a'), key('seed', seed=1), key('style', style='ink'), key('n', 3), key('size', 2, 32)]
+    assert key('again') == keys[0] and len(set(keys)) == 5
+    monkeypatch.setattr(toyfaces, 'renderer_version', lambda: 'another')
+    assert key('renderer') not in keys
+    with pytest.raises(ValueError, match='by another version of the renderer.*choose another folder or remove it'):
+        pack_toyfaces(tmp_path/'a', 2)
+
+
+def no_blur(image, sigma): return image
+
+
+def test_the_renderers_version_is_that_of_its_code_alone(monkeypatch):
+    code = 'def f(x):\n    "A word"\n    return x + 1  # one more\n'
+    assert toyfaces.bare_code(code) == toyfaces.bare_code('def f(x): return x+1')
+    assert toyfaces.bare_code(code) != toyfaces.bare_code(code.replace('1', '2'))
+    toyfaces.renderer_version.cache_clear()
+    before = toyfaces.renderer_version()
+    monkeypatch.setattr(toyfaces, 'gaussian_blur', no_blur)
+    toyfaces.renderer_version.cache_clear()
+    assert toyfaces.renderer_version() != before
+    toyfaces.renderer_version.cache_clear()
+
+
+def killed_at_third(dst):
+    shards, render = [], toyfaces.render_shard
+    def third(*job):
+        shards.append(job)
+        if len(shards) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        render(*job)
+    toyfaces.render_shard = third
+    pack_toyfaces(dst, 250, 16, workers=1)
+
+
+def test_a_killed_packing_leaves_nothing_half_and_goes_on(tmp_path, monkeypatch):
+    dst, written, write = tmp_path/'toy', [], toyfaces.write_shard
+    p = process(killed_at_third, dst)
+    p.join()
+    assert p.exitcode == -signal.SIGKILL and not dst.exists()
+    monkeypatch.setattr(toyfaces, 'write_shard', lambda path, *a: (written.append(path), write(path, *a))[1])
+    faces = load_faces(pack_toyfaces(dst, 250, 16, workers=1))
+    assert [p.stem.rpartition('-')[2] for p in written] == ['128', '192']
+    assert [p.name for p in tmp_path.iterdir()] == ['toy']
+    assert same(faces[:], load_faces(pack_toyfaces(tmp_path/'whole', 250, 16, workers=1))[:])
+
+
+def test_two_processes_pack_the_same_faces_at_once(tmp_path):
+    both = [process(pack_toyfaces, tmp_path/'toy', 250, 16) for _ in range(2)]
+    for p in both:
+        p.join()
+    assert [p.exitcode for p in both] == [0, 0] and [p.name for p in tmp_path.iterdir()] == ['toy']
+    assert same(load_faces(tmp_path/'toy')[:200], load_faces(pack_toyfaces(tmp_path/'one', 200, 16))[:])
+
+
+def test_an_empty_folder_gives_way_and_a_full_one_does_not(tmp_path):
+    (tmp_path/'empty').mkdir()
+    assert len(load_faces(pack_toyfaces(tmp_path/'empty', 1, 16))) == 1
+    (tmp_path/'mine.txt').write_text('x')
+    with pytest.raises(ValueError, match='exists and holds no packed faces'):
+        pack_toyfaces(tmp_path, 1, 16)
+    for n, size, style in ((0, 16, 'flat'), (1, 0, 'flat'), (1, 16, 'oil')):
+        with pytest.raises(ValueError, match='ask for one or more|use 16 or more|choose from flat, ink'):
+            pack_toyfaces(tmp_path/'none', n, size, style=style)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['empty', 'mine.txt']
+
+
 # -- on disk
 
 def digest(folder: Path) -> dict:
@@ -299,10 +409,10 @@ def test_bytes_do_not_depend_on_workers(written, tmp_path):
 
 
 def test_nothing_is_left_half_written(tmp_path, monkeypatch):
-    import facegen.synthetic.toyfaces as t
-    monkeypatch.setattr(t, 'write_chunk', lambda *a: (_ for _ in ()).throw(OSError('disk full')))
+    def full(*job): raise OSError('disk full')
+    monkeypatch.setattr(toyfaces, 'write_chunk', full)
     with pytest.raises(OSError, match='disk full'):
-        t.write_toyfaces(tmp_path/'crowd', 3)
+        write_toyfaces(tmp_path/'crowd', 3)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -321,7 +431,6 @@ def test_an_empty_folder_is_filled(tmp_path):
 
 
 def test_prepare_reads_it_back(written, tmp_path):
-    from facegen.data.faces import load_faces, prepare
     faces = load_faces(prepare(written, tmp_path/'packed', size=48, workers=1))
     drawn = render_faces(n=70, size=48, seed=8)
     order = [int(i) for i in faces.ids]

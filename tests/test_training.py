@@ -1,18 +1,23 @@
 """The loop: same bits for same seeds, same result however a batch is cut up, nothing left untrained, clear refusals."""
-import json, math, struct
+import json, math, multiprocessing, os, signal, struct, sys, types
 
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from diffusers.training_utils import EMAModel
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from facegen.data.faces import Face
+from facegen.adaptation.tiny_stable_diffusion import CaptionedLatents
+from facegen.data.faces import Face, load_faces, prepare
+from facegen.data.parsed_masks import replace_masks
 from facegen.diffusion.schedules import PREDICTIONS, make_scheduler, training_target
 from facegen.diffusion.losses import StepRandom, diffusion_loss, weighting
-from facegen.training.config import Batches, TrainConfig, lr_at
-from facegen.training.checkpoint import load_weights
-from facegen.training.loop import ema_weights, train
+from facegen.synthetic.toyfaces import render_faces, write_toyfaces
+from facegen.training import checkpoint, loop
+from facegen.training.config import Batches, InMemoryFaces, TrainConfig, lr_at
+from facegen.training.checkpoint import content_digest, load_weights, lock_folder, network_digest, read_tensors
+from facegen.training.loop import ema_weights, keep_previews, loss_curve, precision_used, train
 
 torch.set_num_threads(1)
 
@@ -51,10 +56,10 @@ def config(**keys):
     return TrainConfig(**small | keys)
 
 
-def state(model=None, faces=None, loss=LOSS, folder=None, **keys):
+def state(model=None, faces=None, loss=LOSS, folder=None, arguments=None, **keys):
     "Train to the end: (weights and average in one dict, the steps)"
     model = model or Net(.2)
-    steps = list(train(model, Faces() if faces is None else faces, loss, config(**keys), folder))
+    steps = list(train(model, Faces() if faces is None else faces, loss, config(**keys), folder, arguments))
     ema = steps[-1].ema.shadow_params if steps and steps[-1].ema else []
     return model.state_dict() | {f'ema {i}': x for i, x in enumerate(ema)}, steps
 
@@ -263,11 +268,162 @@ def test_loss_falls():
     assert [s.step for s in steps] == list(range(1, 151)) and all(s.seconds > 0 for s in steps)
 
 
-def test_bf16_is_close_and_weights_stay_float32():
+def test_bf16_is_close_and_weights_stay_float32(monkeypatch):
+    "Also where the processor must imitate it: this is about the numbers"
+    monkeypatch.setattr(loop, 'precision_used', lambda cfg: cfg.precision)
     a, b = state(Net(0.), precision='bf16'), state(Net(0.))
     assert all(x.dtype == torch.float32 for x in a[0].values())
     assert [s.loss for s in a[1]] == pytest.approx([s.loss for s in b[1]], rel=.02)
     assert not equal(a[0], b[0]), 'bf16 must have been used'
+
+
+def test_bf16_is_not_imitated(monkeypatch, tmp_path, capsys):
+    "A processor without it trains in float32 and says so; what was asked for is what resuming compares"
+    cfg = config(precision='bf16')
+    monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: True)
+    assert precision_used(cfg) == 'bf16' and precision_used(config()) == 'no'
+    monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: False)
+    assert precision_used(cfg) == 'no'
+    assert equal(state(precision='bf16', folder=tmp_path)[0], state()[0])
+    assert capsys.readouterr().out == 'this cpu does not compute in bf16: training in float32\n'
+    with pytest.raises(ValueError, match='precision is bf16 there and no here'):
+        state(folder=tmp_path)
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_every_group_follows_the_schedule_from_its_own_peak(optimizer):
+    opt = loop.setup(Net(), config(optimizer=optimizer, muon_lr=.03)).opt
+    model, seen = Net(), []
+    for step in train(model, Faces(), LOSS, config(optimizer=optimizer, muon_lr=.03)):
+        seen.append(step.lr)
+    assert seen == [lr_at(k, config()) for k in range(12)]
+    assert {g['initial_lr'] for g in opt.param_groups} == ({.01} if optimizer == 'adamw' else {.01, .03})
+    assert all(lr_at(k, config(), .03) == pytest.approx(3*lr_at(k, config())) for k in range(12))
+
+
+# Looking now and then
+
+def test_looking_less_often_changes_nothing_but_the_steps_that_are_seen(tmp_path):
+    (a, every), (b, fifth) = state(folder=tmp_path/'a'), state(folder=tmp_path/'b', check_every=5)
+    assert equal(a, b) and loss_curve(tmp_path/'a') == loss_curve(tmp_path/'b')
+    assert [s.loss for s in fifth] == [every[i].loss for i in (0, 0, 0, 0, 4, 4, 4, 4, 4, 9, 9, 11)]
+    state(folder=tmp_path/'a', check_every=3) # may change when a run is resumed
+
+
+def test_what_is_not_finite_is_never_saved_however_rarely_it_is_looked_at(tmp_path):
+    spoilt = lambda model, face, rng: LOSS(model, face, rng)*(math.inf if rng.step == 6 else 1)
+    with pytest.raises(FloatingPointError, match='the loss or the gradient of step 7 is not finite, '
+                                                 'seen after steps 6 to 10; .*set check_every=1'):
+        state(loss=spoilt, folder=tmp_path, check_every=50)
+    saved = read_tensors(tmp_path/'state.safetensors')[1]
+    assert load_weights(Net(), tmp_path)['step'] == 5 and all(x.isfinite().all() for x in saved.values())
+
+
+def test_looking_does_not_wait_inside_a_step(monkeypatch):
+    "What makes a CPU wait for a GPU (item, tolist, truth of a tensor) happens when it is time to look, and only then"
+    waits, at, looks = [], [], loop.look
+    for name in ('item', 'tolist', '__bool__', '__float__'):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, real=real: (waits.append(len(at)), real(x))[1])
+    monkeypatch.setattr(loop, 'look', lambda state: (at.append(state.step), looks(state))[1])
+    steps = train(Net(0.), Faces(), LOSS, config(check_every=4, ema=0.))
+    next(steps)
+    before = len(waits)
+    next(steps), next(steps)
+    assert at == [1] and len(waits) == before
+    next(steps)
+    assert at == [1, 4] and len(waits) > before
+
+
+# What is kept beside the weights
+
+def test_the_loss_curve_survives_a_kill_and_is_short(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, 'POINTS', 5) # of 12 steps: one point for three
+    whole, steps = state(folder=tmp_path/'whole')
+    for stop in (1, 7, 11):
+        for step in train(Net(.2), Faces(), LOSS, config(), tmp_path/'cut'):
+            if step.step == stop: break
+    state(folder=tmp_path/'cut')
+    curve = loss_curve(tmp_path/'cut')
+    assert curve == loss_curve(tmp_path/'whole') and [step for step, _ in curve] == [3, 6, 9, 12]
+    assert [x for _, x in curve] == pytest.approx(
+        [sum(s.loss for s in steps[i:i + 3])/3 for i in (0, 3, 6, 9)], rel=1e-3)
+    assert [step for step, _ in loss_curve(tmp_path/'cut', 2)] == [6, 12]
+    with pytest.raises(FileNotFoundError, match='no losses at .*train there first'):
+        loss_curve(tmp_path/'nowhere')
+
+
+def test_previews_show_the_ema_weights_and_change_nothing(tmp_path, capsys):
+    model, seen = Net(.2), []
+    def draw(model):
+        assert not model.training
+        seen.append(model.outer.bias.clone())
+        return torch.rand(2, 3, 8, 8)
+    preview = keep_previews(model, draw, tmp_path, steps=12, n=4)
+    for step in train(model, Faces(), LOSS, config()):
+        preview(step)
+        if not step.step % 3:
+            assert torch.equal(seen[-1], step.ema.shadow_params[-1])
+    assert equal(model.state_dict(), {k: v for k, v in state()[0].items() if not k.startswith('ema')})
+    names = [f'previews/step-{k:06d}.png' for k in (3, 6, 9, 12)]
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.glob('*/*'))] == names
+    lines = capsys.readouterr().out.splitlines()
+    assert all(str(tmp_path/name) in line for name, line in zip(names, lines, strict=True))
+
+
+def test_a_tracker_gets_every_step(tmp_path, monkeypatch):
+    "A stand-in for the package trackio, which accelerate calls; one that is missing is named before anything is done"
+    with pytest.raises(ValueError, match="tracker='wandb' needs a package .*pip install wandb"):
+        state(tracker='wandb', folder=tmp_path/'none')
+    assert not (tmp_path/'none').exists()
+    with pytest.raises(ValueError, match="tracker='trackio' needs the folder"):
+        state(tracker='trackio')
+    got, ended = [], []
+    run = types.SimpleNamespace(log=lambda values, **k: got.append(values | k), finish=lambda: ended.append(1),
+                                name='run', config={})
+    package = types.ModuleType('trackio', 'A stand-in')
+    package.__spec__ = types.SimpleNamespace(origin='here', loader=None)
+    package.init, package.config = lambda **k: run, types.SimpleNamespace(update=lambda *a, **k: None)
+    monkeypatch.setitem(sys.modules, 'trackio', package)
+    monkeypatch.setattr('accelerate.tracking.get_available_trackers', lambda: [LoggerType.TRACKIO])
+    a, steps = state(tracker='trackio', folder=tmp_path, check_every=5)
+    assert equal(a, state()[0]) and ended == [1]
+    assert [x['loss'] for x in got] == [s.loss for s in state()[1]]
+    assert [x['step'] for x in got] == list(range(1, 13)) and {'lr', 'grad_norm'} <= got[0].keys()
+
+
+# For a GPU
+
+@pytest.fixture(scope='module')
+def packed(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp('packed')
+    return load_faces(prepare(write_toyfaces(tmp/'raw', 12, size=32), tmp/'packed', size=32))
+
+
+def test_bytes_that_are_finished_later_give_the_same_bits(packed):
+    cfg = config(batch=5)
+    plain, stored = Batches(packed, cfg, 1, 4), Batches(packed, cfg, 1, 4, stored=True)
+    for step in range(4):
+        rows, face = stored[step]
+        assert (face.image.dtype, face.mask.dtype) == (torch.uint8, torch.int8)
+        want, finished = plain[step], stored.finished(face, step)
+        assert torch.equal(rows, want[0]) and all(torch.equal(a, b) for a, b in zip(finished, want[1], strict=True))
+        assert finished.mask.dtype == torch.int64
+
+
+def test_noise_of_a_device_is_rows_of_one_stream_too():
+    "On a CPU these are even the usual numbers; on a GPU they are others, which is why it is an argument"
+    whole = StepRandom(3, 7, 6, on_device=True)
+    parts = [StepRandom(3, 7, 6, a, a+2, on_device=True) for a in (0, 2, 4)]
+    assert torch.equal(whole.randn((6, 3)), torch.cat([p.randn((2, 3)) for p in parts]))
+    assert equal(state(Net(0.), device_noise=True)[0], state(Net(0.))[0])
+
+
+def test_faster_arithmetic_is_asked_for():
+    with pytest.raises(ValueError, match='compile=True is for CUDA, and this training is on the cpu'):
+        state(compile=True)
+    a, b = state(Net(0.), deterministic=False), state(Net(0.))
+    assert close(a[0], b[0], 1e-4) and torch.get_float32_matmul_precision() == 'highest'
 
 
 def test_other_losses_fit_the_loop():
@@ -321,11 +477,110 @@ def test_another_run_is_refused(tmp_path):
              'steps is 12 there and 20 here; lr is 0.01 there and 0.5 here'),
             (lambda: state(Net(width=4), folder=tmp_path),
              r'shape of time.weight is \[1000, 8\] there and \[1000, 4\] here'),
-            (lambda: state(faces=Faces(9), folder=tmp_path), r'faces is \[11, \d+\] there and \[9, \d+\] here'),
+            (lambda: state(faces=Faces(9), folder=tmp_path),
+             r'data is 11 faces with content \w+ there and 9 faces with content \w+ here'),
+            (lambda: state(Net(.3), folder=tmp_path), 'network without weights is'),
+            (lambda: state(folder=tmp_path, arguments=dict(alpha=4.)), 'alpha is not given there and 4.0 here'),
             (lambda: state(loss=other_loss, folder=tmp_path), 'loss is .*epsilon.* there')]:
         with pytest.raises(ValueError, match=words):
             wrong()
     state(folder=tmp_path, workers=1, save_every=2, micro=2) # these are free
+
+
+def test_arguments_are_named_first_and_once(tmp_path):
+    arguments = dict(alpha=12., lr=1e-2, faces='toy', nce='')
+    state(folder=tmp_path, arguments=arguments)
+    with pytest.raises(ValueError) as e:
+        state(folder=tmp_path, arguments=arguments | dict(alpha=4., lr=.5, nce='soft'), lr=.5)
+    assert str(e.value) == (f'{tmp_path}/state.safetensors belongs to another run: alpha is 12.0 there and 4.0 here; '
+                            'lr is 0.01 there and 0.5 here; nce is empty there and soft here. '
+                            'Give this run its own folder, or go back to the old values')
+    with pytest.raises(TypeError, match='must fit into JSON .*pass names and numbers'):
+        state(folder=tmp_path, arguments=dict(a=torch.zeros(1)))
+    assert state(folder=tmp_path, arguments=arguments)[1] == []
+
+
+def test_one_other_value_in_the_data_is_other_data(packed):
+    "Pixels, attributes, masks, captions, rows and their order, whatever the faces are kept in"
+    face = render_faces(n=3, size=32, seed=1)
+    kinds = {content_digest(InMemoryFaces(face))}
+    for name in Face._fields:
+        x = getattr(face, name).clone()
+        x.view(-1)[5] = 1 - x.view(-1)[5]
+        kinds.add(content_digest(InMemoryFaces(face._replace(**{name: x}))))
+    assert len(kinds) == 4
+    masks = packed[:].mask
+    other = masks.clone()
+    other[3, 5, 5] = (other[3, 5, 5] + 1) % 19
+    sets = [packed, packed.subset([1, 2]), packed.subset([2, 1]), replace_masks(packed, other, 'x')]
+    assert len({content_digest(x) for x in sets}) == 4
+    same = packed, packed.subset(range(12)), replace_masks(packed, masks, 'x')
+    assert len({content_digest(x) for x in same}) == 1
+    texts, table = ['a', 'b', 'a'], dict(a=torch.zeros(2), b=torch.ones(2))
+    faces = InMemoryFaces(face)
+    captions = [(texts, table), (['b', 'b', 'a'], table), (texts, table | dict(b=torch.full((2,), .5)))]
+    assert len({content_digest(CaptionedLatents(faces, *c)) for c in captions*2}) == 3
+
+
+def test_numbers_of_a_network_count_and_its_mode_does_not():
+    net = Net(.2)
+    assert network_digest(net) == network_digest(Net(.2).eval()) != network_digest(Net(.3))
+    one = network_digest(net)
+    net.norm.num_groups = 4 # same weights, another function
+    assert network_digest(net) != one
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_whatever_an_optimizer_keeps_is_resumed(tmp_path, optimizer):
+    whole, _ = state(folder=tmp_path/'whole', optimizer=optimizer)
+    for step in train(Net(.2), Faces(), LOSS, config(optimizer=optimizer), tmp_path/'cut'):
+        if step.step == 7: break
+    assert equal(state(folder=tmp_path/'cut', optimizer=optimizer)[0], whole)
+    kept = {k.split('.')[1] for k in read_tensors(tmp_path/'cut/state.safetensors')[1] if k.startswith('opt.')}
+    assert kept == {'step', 'exp_avg', 'exp_avg_sq', *(['momentum'] if optimizer == 'muon' else [])}
+
+
+# One writer
+
+def hold(folder, ready):
+    "What a forgotten kernel does: train, and never end"
+    torch.set_num_threads(1)
+    for step in train(Net(.2), Faces(), LOSS, config(workers=1), folder):
+        ready.set()
+        signal.pause()
+
+
+def test_a_second_writer_is_told_who_is_there_until_that_one_is_gone(tmp_path):
+    context = multiprocessing.get_context('fork')
+    ready = context.Event()
+    process = context.Process(target=hold, args=(tmp_path, ready))
+    process.start()
+    assert ready.wait(60)
+    before = (tmp_path/'state.safetensors').read_bytes()
+    with pytest.raises(RuntimeError) as e:
+        state(folder=tmp_path)
+    assert str(e.value) == (f'process {process.pid} is training in {tmp_path}: wait for it, end it, '
+                            'or give this run its own folder')
+    assert (tmp_path/'state.safetensors').read_bytes() == before
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert equal(state(folder=tmp_path, workers=1)[0], state()[0]), 'nothing is left of its lock, nor with its loader'
+
+
+def test_the_latest_training_of_a_process_has_the_folder(tmp_path):
+    "An interrupted cell keeps its training alive; it must neither be in the way nor write any more"
+    old = train(Net(.2), Faces(), LOSS, config(), tmp_path)
+    next(old)
+    whole, _ = state(folder=tmp_path)
+    with pytest.raises(RuntimeError, match='a later training of this process has taken over'):
+        list(old)
+    assert state(folder=tmp_path)[1] == [] and equal(whole, state()[0])
+
+
+def test_a_system_without_locks_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, 'fcntl', None)
+    with pytest.warns(UserWarning, match='nothing keeps a second training out of .*no file locks'):
+        lock_folder(tmp_path).close()
 
 
 def test_another_frozen_part_is_refused(tmp_path):
@@ -358,7 +613,8 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
 
 def test_a_half_written_file_is_ignored(tmp_path):
     (tmp_path/'state.tmp').write_bytes(b'half')
-    assert len(state(folder=tmp_path)[1]) == 12 and [p.name for p in tmp_path.iterdir()] == ['state.safetensors']
+    assert len(state(folder=tmp_path)[1]) == 12
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['lock', 'losses.json', 'state.safetensors']
 
 
 def test_a_checkpoint_is_tensors_and_json(tmp_path):
@@ -367,7 +623,7 @@ def test_a_checkpoint_is_tensors_and_json(tmp_path):
     header = json.loads(data[8:8 + struct.unpack('<Q', data[:8])[0]])
     meta = json.loads(header['__metadata__']['facegen'])
     assert meta['step'] == 12 and meta['about']['lr'] == .01
-    assert {k.split('.')[0] for k in header} == {'__metadata__', 'model', 'ema', 'adam'}
+    assert {k.split('.')[0] for k in header} == {'__metadata__', 'model', 'ema', 'opt'}
 
 
 def test_load_weights(tmp_path):

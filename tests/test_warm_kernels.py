@@ -79,6 +79,54 @@ with Kernel() as k:
         p.kill()
 
 
+CHAIN = '''
+import os, sys, time
+from pathlib import Path
+from facegen.study._warm_kernels import Kernel, warm
+
+def be_busy(folder):
+    "What a run is: a process, and a kernel that has begun to work"
+    with Kernel() as k:
+        k.start_kernel(['-f', f'{folder}/kernel.json'], dict(os.environ), folder)
+        while not os.path.exists(f'{folder}/kernel.json'):
+            time.sleep(.1)
+        Path(folder, 'pids').write_text(f'{os.getpid()} {k.pid} {os.getppid()}')
+        time.sleep(600)
+
+if __name__ == '__main__':
+    warm(be_busy, sys.argv[1])
+'''
+
+
+@pytest.mark.parametrize('victims', ['who asked', 'the whole group'])
+def test_nothing_is_left_of_a_run_when_those_who_asked_for_it_are_killed(tmp_path, victims):
+    """The server imports ipykernel before anybody is a kernel, so it never looks for its parent, and a kernel has
+    a process group of its own: without help it would go on, and write into its run's folder"""
+    (tmp_path/'chain.py').write_text(CHAIN)
+    p = subprocess.Popen([sys.executable, tmp_path/'chain.py', tmp_path], start_new_session=True,
+                         stderr=subprocess.DEVNULL)
+    pids, until = [], time.monotonic() + 120
+    try:
+        while not (tmp_path/'pids').exists() or len((tmp_path/'pids').read_text().split()) < 3:
+            assert time.monotonic() < until and p.poll() is None
+            time.sleep(.1)
+        pids = [int(pid) for pid in (tmp_path/'pids').read_text().split()]
+        assert not any(map(gone, pids))
+        if victims == 'who asked':
+            p.kill()
+        else:
+            os.killpg(p.pid, signal.SIGKILL)
+        p.wait()
+        until = time.monotonic() + 20
+        while not all(map(gone, pids)) and time.monotonic() < until:
+            time.sleep(.1)
+        assert [pid for pid in pids if not gone(pid)] == []
+    finally:
+        for pid in (p.pid, *pids):
+            if not gone(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
 def test_warm_runs_elsewhere_and_passes_failure_on(tmp_path):
     "In a process of its own, since a process has one fork server, and other tests want theirs"
     made = str(tmp_path/'made')

@@ -4,9 +4,13 @@
 
 # %% auto #0
 __all__ = ['DENOISERS', 'CORRUPTIONS', 'Denoiser', 'check_shapes', 'make_denoiser', 'partial_dropout', 'drop_condition',
-           'require_whole_batch', 'contrastive_term', 'conditional_loss']
+           'require_whole_batch', 'contrastive_term', 'conditional_loss', 'saved_pipeline', 'saved_autoencoder',
+           'load_denoiser']
 
 # %% ../../nbs/conditioning/04_conditional_unet.ipynb #b9b61442
+import json
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
@@ -15,7 +19,9 @@ from torch import Tensor
 
 from .condition_encoders import CONDITIONINGS, Cond, ConditionEncoder
 from .infonce import NCE, ImageEncoder
+from ..core import root, run_folder
 from ..diffusion.losses import diffusion_loss, weighting
+from ..models.latents import decode, load_autoencoder
 from ..models.unet import check_size
 
 # %% ../../nbs/conditioning/04_conditional_unet.ipynb #6c50a7d8
@@ -196,18 +202,19 @@ def _check_choices(nce, corruption, cond_dropout):
                          f'not {cond_dropout!r}')
 
 def conditional_loss(
-    scheduler,                   # Noise scheduler; its `prediction_type` says what is to be predicted
-    nce:str='',                  # Contrastive loss: a row of NCE; '' for none
-    lam:float=1.,                # Its weight
-    cond_dropout:tuple=(0., 0.), # How often attributes and mask are dropped; as often again, only a part of them
-    weight:str='',               # Loss weighting over timesteps: '', p2 or min-snr
-    corruption:str='true',       # Row of CORRUPTIONS
-):                               # loss(model, face, rng) -> (B,); raises ValueError, also where a slice is not enough
+    scheduler,                       # Noise scheduler; its `prediction_type` says what is to be predicted
+    nce:str='',                      # Contrastive loss: a row of NCE; '' for none
+    lam:float=1.,                    # Its weight
+    cond_dropout:tuple=(0., 0.),     # How often attributes and mask are dropped; as often again, only a part of them
+    weight:str='',                   # Loss weighting over timesteps: '', p2 or min-snr
+    corruption:str='true',           # Row of CORRUPTIONS
+    timestep_sampling:str='uniform', # Row of `losses.TIMESTEP_SAMPLING`: uniform, logit-normal or log-normal
+):                                   # loss(model, face, rng) -> (B,); raises ValueError, also for a slice too small
     "Make the loss of a conditional denoiser"
     _check_choices(nce, corruption, cond_dropout)
     def condition(face): return CORRUPTIONS[corruption](Cond(face.attrs, face.mask))
     def dropped(face, rng): return drop_condition(condition(face), rng, cond_dropout)
-    denoising = diffusion_loss(scheduler, weighting(weight, scheduler), dropped)
+    denoising = diffusion_loss(scheduler, weighting(weight, scheduler), dropped, timestep_sampling)
     def loss(model, face, rng):
         if nce or 'shuffled' in corruption:
             require_whole_batch(rng, nce or corruption)
@@ -217,3 +224,33 @@ def conditional_loss(
     loss.config = denoising.config | dict(
         nce=nce, lam=lam, cond_dropout=list(cond_dropout), weight=weight, corruption=corruption)
     return loss
+
+# %% ../../nbs/conditioning/04_conditional_unet.ipynb #5a5a9657
+def saved_pipeline(
+    where:str, # A run in data/weights or data/runs, or the folder of a saved pipeline
+)->Path:       # The folder that holds its model_index.json; raises FileNotFoundError
+    "Find a saved pipeline"
+    tries = [Path(where), root()/'data'/'weights'/where/'pipeline', run_folder(where)/'pipeline']
+    for folder in tries:
+        if (folder/'model_index.json').is_file(): return folder
+    raise FileNotFoundError(f"no pipeline at {' or '.join(map(str, tries))}: run `facegen launch {where}` first")
+
+def saved_autoencoder(
+    folder:Path, # From `saved_pipeline`
+):               # The autoencoder that it names or holds; None for pixels. Raises FileNotFoundError
+    "Load the autoencoder in whose latents a saved pipeline works"
+    named = folder/'autoencoder.txt'
+    if named.is_file():
+        return load_autoencoder(str(root()/'data'/'weights'/named.read_text().strip()/'autoencoder'))[0]
+    return load_autoencoder(str(folder/'autoencoder'))[0] if (folder/'autoencoder').is_dir() else None
+
+# %% ../../nbs/conditioning/04_conditional_unet.ipynb #4f8944bd
+def load_denoiser(
+    where:str='latent-laptop-s0', # As for `saved_pipeline`
+)->tuple:                         # (Denoiser in float32 and evaluation mode; what turns its x into faces in [-1,1])
+    "Load a trained denoiser alone, for whoever samples by hand; raises FileNotFoundError"
+    folder = saved_pipeline(where)
+    denoiser = Denoiser.from_pretrained(folder/'denoiser', torch_dtype=torch.float32).eval()
+    vae, scale = saved_autoencoder(folder), json.loads((folder/'model_index.json').read_text())['latent_scale']
+    def to_faces(x): return x.clamp(-1, 1) if vae is None else decode(vae, x/scale)
+    return denoiser, to_faces

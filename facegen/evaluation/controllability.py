@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_IN_MASK', 'mask_leakage', 'edges', 'boundary_f1', 'run_judge', 'permute', 'per_sample', 'metric_record',
-           'check_conditions', 'attribute_report', 'mask_report']
+           'check_conditions', 'attribute_report', 'image_miou', 'mask_report']
 
 # %% ../../nbs/evaluation/05_controllability.ipynb #749bdb41
 import torch
@@ -153,19 +153,28 @@ def attribute_report(
                     for r in metric_record('balanced_accuracy_one', accuracy, only([a]), attribute=a)]
 
 # %% ../../nbs/evaluation/05_controllability.ipynb #3851683a
+def image_miou(
+    counts:torch.Tensor, # Confusion of each image, (n,19,19): rows are true classes
+)->torch.Tensor:         # (n,)
+    "Mean IoU of each image by itself, over the classes that are in its mask or its answer"
+    both = counts.diagonal(dim1=1, dim2=2)              # (n,19)
+    either = counts.sum(1) + counts.sum(2) - both       # (n,19)
+    return torch.where(either > 0, both/either, torch.nan).nanmean(1)
+
 def mask_report(
     parser,                 # Judge with `predict`, (B,3,H,W) -> (B,H,W) classes
     images:torch.Tensor,    # Samples, (n,3,H,W) in [-1,1]
     requested:torch.Tensor, # Classes, -1 where nothing was requested, (n,H,W)
     real=None,              # The real faces that the masks came from, as many, as large
     recon=None,             # Those faces through the autoencoder and back
-)->list:                    # Records: miou, pixel_accuracy, boundary_f1, then iou_one a class
+)->list:                    # Records: miou, miou_per_image, pixel_accuracy, boundary_f1, then iou_one a class
     "Compare what the parser predicts with the masks that were requested"
     check_conditions(images, requested, images.shape[2:], real=real, recon=recon)
     pred = [None if x is None else run_judge(parser.predict, x) for x in (images, real, recon)]
     counts, outlines = (per_sample(compare, requested, *pred) for compare in (confusion, boundary_f1))
     def accuracy(c): return (c := c.sum(0)).diag().sum()/c.sum()
     means = (metric_record('miou', lambda c: iou(c).nanmean(), counts)
+             + metric_record('miou_per_image', torch.nanmean, {k: image_miou(c) for k, c in counts.items()})
              + metric_record('pixel_accuracy', accuracy, counts)
              + metric_record('boundary_f1', torch.nanmean, outlines))
     return means + [r for i, p in enumerate(PARTS)

@@ -78,18 +78,20 @@ def attribute_loss(model, face:Face, rng)->torch.Tensor:
 
 # %% ../../nbs/evaluation/00_judges.ipynb #9b68ca66
 def fit_classifier(
-    faces,       # `Faces` of the judge part
-    cfg,         # `TrainConfig`
-    folder=None, # Where training keeps its state; None keeps none
-    **config,    # Passed to `Classifier`
-)->Classifier:   # In evaluation mode
+    faces,               # `Faces` of the judge part
+    cfg,                 # `TrainConfig`
+    folder=None,         # Where training keeps its state; None keeps none
+    arguments:dict=None, # All arguments of the caller, for `train` to compare
+    **config,            # Passed to `Classifier`
+)->Classifier:           # In evaluation mode
     "Train an attribute classifier; raises ValueError if no attribute is known"
     if faces.attrs.isnan().all():
         raise ValueError('these faces have no attributes: a classifier needs an attribute file (see `prepare`)')
     seed_all(cfg.seed)
     model = Classifier(**config)
     model.prevalence.copy_(faces.attrs.nanmean(0).nan_to_num(.5))
-    for _ in progress(train(model, faces, attribute_loss, cfg, folder), 'training the classifier', cfg.steps):
+    steps = train(model, faces, attribute_loss, cfg, folder, arguments)
+    for _ in progress(steps, 'training the classifier', cfg.steps):
         pass
     return model.eval()
 
@@ -141,16 +143,18 @@ def class_weights(faces, n=512):
 
 # %% ../../nbs/evaluation/00_judges.ipynb #0c5ac4fb
 def fit_parser(
-    faces,       # `Faces` of the judge part
-    cfg,         # `TrainConfig`
-    folder=None, # Where training keeps its state; None keeps none
-    **config,    # Passed to `Parser`
-)->Parser:       # In evaluation mode
+    faces,               # `Faces` of the judge part
+    cfg,                 # `TrainConfig`
+    folder=None,         # Where training keeps its state; None keeps none
+    arguments:dict=None, # All arguments of the caller, for `train` to compare
+    **config,            # Passed to `Parser`
+)->Parser:               # In evaluation mode
     "Train a face parser; raises ValueError if there are no masks"
     seed_all(cfg.seed)
     model = Parser(**config)
     model.weight.copy_(class_weights(faces))
-    for _ in progress(train(model, faces, mask_loss, cfg, folder), 'training the parser', cfg.steps):
+    steps = train(model, faces, mask_loss, cfg, folder, arguments)
+    for _ in progress(steps, 'training the parser', cfg.steps):
         pass
     return model.eval()
 

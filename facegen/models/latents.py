@@ -19,9 +19,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from torch import Tensor
 
 from ..core import checksum, progress, root, write_atomic
-from ..data.faces import Face, as_index, copy_rows, flip_faces
+from ..data.faces import Face, as_index, copy_rows, flip_faces, from_stored
 from .autoencoder import decode, downsampling, encode, fit_autoencoder, make_autoencoder
-from ..training.checkpoint import read_tensors, write_tensors
+from ..training.checkpoint import content_digest, read_tensors, write_tensors
 
 # %% ../../nbs/models/04_latents.ipynb #9ff07f93
 _all_ = ['encode', 'decode', 'downsampling', 'make_autoencoder', 'fit_autoencoder']  # at hand wherever latents are
@@ -67,8 +67,7 @@ SHARD = 1024 # Faces a file
 
 def cache_key(faces, model, size):
     "Compute a digest of all that latents depend on"
-    which = faces.meta['key'] if hasattr(faces, 'meta') else checksum(faces[:]._asdict())
-    depends_on = [which, faces.ids, size, checksum(model.state_dict()), downsampling(model)]
+    depends_on = [content_digest(faces), size, checksum(model.state_dict()), downsampling(model)]
     return f'{crc32(json.dumps(depends_on).encode()):08x}'
 
 def encode_shard(faces, rows, model, batch, bar):
@@ -111,6 +110,7 @@ class Latents(torch.utils.data.Dataset):
         self.attrs = torch.cat([s['attrs'] for s in shards]).repeat(2, 1)  # (2N, 40), NaN unknown
         self.ids = self.meta['ids'] + [f'{i} mirrored' for i in self.meta['ids']]
         self.scale = scale or self.meta['scale']
+        self.digest = f"{self.meta['key']} times {self.scale}"  # names the content, see `checkpoint`
         self.channels, self.grid, self.size = *self.latents[0].shape[:2], self.masks[0].shape[-1]
 
     def __len__(self):
@@ -124,9 +124,12 @@ class Latents(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         if not isinstance(i, slice) and np.ndim(i) == 0: return Face(*(f[0] for f in self[[int(i)]]))
+        return from_stored(self.stored(i))
+
+    def stored(self, i):
         rows = np.arange(len(self))[as_index(i)]
         image = copy_rows(self.latents, rows)*self.scale  # (B,c,h,w)
-        return Face(image, self.attrs[rows], copy_rows(self.masks, rows).long())
+        return Face(image, self.attrs[rows], copy_rows(self.masks, rows))
 
 # %% ../../nbs/models/04_latents.ipynb #53d47ec4
 def cache_folder(faces, autoencoder, name, size, folder=None):
@@ -160,7 +163,7 @@ def cache_latents(
             write_shard(file, encode_shard(faces, rows, autoencoder, batch, bar))
     bar.close()
     if not (cache/'cache.json').exists():
-        measured = measure_scale(read_shard(cache/'00000.safetensors')['latent'])
-        facts = dict(name=name, size=size, shards=len(shards), scale=measured, ids=list(faces.ids))
+        measured, key = measure_scale(read_shard(cache/'00000.safetensors')['latent']), cache.name.rpartition('-')[-1]
+        facts = dict(name=name, size=size, key=key, shards=len(shards), scale=measured, ids=list(faces.ids))
         write_atomic(cache/'cache.json', json.dumps(facts).encode())
     return Latents(cache, scale)

@@ -89,6 +89,7 @@ UNETS |= dict(
     laptop=dict(space_to_depth=2, widths=(32, 64, 96),    down='DAD', layers=1, adagn=True, head_dim=32, groups=16),
     gpu=dict(   space_to_depth=2, widths=(128, 256, 256), down='DAA', layers=2, adagn=True, head_dim=64),
     smoke=dict( space_to_depth=2, widths=(16, 16),        down='DA',  layers=1, head_dim=8, groups=8))
+UNETS |= {f'{k}_latent': UNETS[k] | dict(space_to_depth=1) for k in ('laptop', 'gpu', 'smoke')}  # latents are small
 
 def _narrower(name, factor, groups, head_dims, **changes):
     "Copy a row of the paper with a fraction of its widths; r6 has few and wide heads: the second of `head_dims`"

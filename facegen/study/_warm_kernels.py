@@ -1,17 +1,31 @@
 """A notebook's kernel that has its imports already: forked, not started.
 
 Importing torch, diffusers and the rest takes longer than many a run at scale `smoke`. So one server process imports
-everything once (`warm`), each run is forked off it, and so is the kernel of its notebook (`forked`)."""
+everything once (`warm`), each run is forked off it, and so is the kernel of its notebook (`forked`). None of them
+outlives the process that asked for it, whatever ended that one: an orphan would go on writing into its run's folder."""
 
-__all__ = ['Kernel', 'Manager', 'forks', 'forked', 'imports', 'warm']
+__all__ = ['Kernel', 'Manager', 'die_with', 'forks', 'forked', 'imports', 'warm']
 
-import multiprocessing, os, pkgutil, sys
+import ctypes, multiprocessing, os, pkgutil, signal, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
 
 from jupyter_client import AsyncKernelManager
 
 import facegen
+
+
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+def die_with(
+    parent:int, # Process that this one was forked off
+):
+    "On Linux, be killed when the parent ends: SIGKILL leaves it no time to tell anybody"
+    if not forks(): return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before that was arranged
+        os._exit(1)
 
 
 class Kernel(multiprocessing.get_context('fork').Process):
@@ -30,6 +44,7 @@ class Kernel(multiprocessing.get_context('fork').Process):
     def __init__(self):
         super().__init__()
         self.sender, self.receiver = multiprocessing.Pipe()
+        self.parent = os.getpid()
         self.start()
         self.receiver.close()
 
@@ -52,6 +67,7 @@ class Kernel(multiprocessing.get_context('fork').Process):
 
     def run(self):
         "What the copy does: wait, then be a kernel"
+        die_with(self.parent)  # ipykernel looks for its parent only if JPY_PARENT_PID is set before it is imported
         self.sender.close()
         os.setsid()  # a group of its own, so that interrupting and killing reach its children too
         try:
@@ -101,6 +117,19 @@ def imports()->list: # Names of modules
     return ['__main__', *ours, 'ipykernel.kernelapp', 'papermill', 'matplotlib_inline.backend_inline', 'seaborn']
 
 
+def end_with(process):
+    "Wait for a process, then end this one"
+    process.join()
+    os._exit(1)
+
+
+def call_here(call, *args):
+    "Call a function, and stop in the middle of it when the process that called `warm` ends"
+    # not by `die_with`: the parent here is the server, which lives as long as one of its children
+    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    call(*args)
+
+
 def warm(
     call,  # A function that a module defines
     *args, # Its arguments
@@ -109,7 +138,7 @@ def warm(
     context = multiprocessing.get_context('forkserver' if forks() else 'spawn')
     if forks():
         context.set_forkserver_preload(imports())
-    p = context.Process(target=call, args=args)
+    p = context.Process(target=call_here, args=(call, *args))
     p.start()
     p.join()
     if p.exitcode:

@@ -59,12 +59,14 @@ def experiment_name(
 # %% ../../nbs/study/05_plots.ipynb #bd49f7c4
 METRICS = {  # metric -> its name, and which direction is better
     'kid': ('KID', 'lower'), 'frechet': ('Frechet distance', 'lower'),
+    'kid_32px': ('KID, 32 px', 'lower'), 'kid_outside': ('KID, outside network', 'lower'),
     'balanced_accuracy': ('attribute balanced accuracy', 'higher'),
     'balanced_accuracy_hidden': ('balanced accuracy, attributes no mask shows', 'higher'),
     'average_precision': ('attribute average precision', 'higher'),
     'flip_success': ('one attribute flipped: it changes', 'higher'),
     'flip_leakage': ('one attribute flipped: others change', 'lower'),
-    'miou': ('mIoU', 'higher'), 'boundary_f1': ('boundary F1', 'higher'),
+    'miou': ('mIoU', 'higher'), 'miou_per_image': ('mIoU per image', 'higher'),
+    'boundary_f1': ('boundary F1', 'higher'),
     'mirror_followed': ('mirrored mask followed', 'higher'),
     'embedding_rank': ('rank correlation of similarities', 'higher'),
     'published_nce': ('published InfoNCE loss', 'lower'),

@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'gaussian_blur', 'render_chunk', 'check_attributes', 'render_faces', 'render_mixed', 'render_face',
-           'write_chunk', 'write_tables', 'write_toyfaces', 'run_jobs']
+           'bare_code', 'renderer_version', 'render_pixels', 'celeba_file', 'render_shard', 'check_set', 'begin_worker',
+           'in_parallel', 'toyfaces_facts', 'pack_toyfaces', 'write_chunk', 'write_tables', 'write_toyfaces']
 
 # %% ../../nbs/synthetic/04_toyfaces.ipynb #e2bd6c76
-import os, shutil, sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import ast, hashlib, inspect, json, os, shutil, sys
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ..core import ATTRIBUTES, PARTS, progress
 from ..data.faces import Face
-from ..data.layouts import IMAGES, MAPPING, MASKS, TABLE
+from ..data.layouts import IMAGES, MAPPING, MASKS, TABLE, RawFace
+from ..data.packing import (RENDERED, check_packed, end_with_parent, is_there, join_shards, lock, run_jobs,
+                                  square_crop, write_shard)
 from ..plotting import to_uint8
+from . import attribute_sampling, canvas, face_parts, hair_and_accessories
 from .attribute_sampling import sample_attributes
 from .face_parts import make_sitter
 from .hair_and_accessories import LAYERS
@@ -109,10 +113,97 @@ def render_face(
     attrs = torch.tensor([[float(x in wanted) for x in ATTRIBUTES]]) if names else None
     return Face(*(x[0] for x in render_faces(attrs, n=1, **kw)))
 
+# %% ../../nbs/synthetic/04_toyfaces.ipynb #41562da6
+def bare_code(source):
+    "A module's or function's source without comments, docstrings and layout"
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, 'body', [])
+        if isinstance(body, list):
+            node.body = [x for x in body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
+    return ast.unparse(tree)
+
+@lru_cache(1)
+def renderer_version()->str: # 16 hex digits
+    "Digest the code on which the pixels of a face depend"
+    parts = (canvas, attribute_sampling, face_parts, hair_and_accessories, gaussian_blur, render_chunk, render_faces,
+             render_mixed, to_uint8, square_crop, render_pixels)
+    code = ''.join(bare_code(inspect.getsource(x)) for x in parts)
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+# %% ../../nbs/synthetic/04_toyfaces.ipynb #39ee2dfc
+def render_pixels(
+    first:int, # Number of the first face
+    n:int,     # How many
+    size:int,  # Side in pixels
+    seed:int,  # Names the set
+    style:str, # One of `STYLES`, or mixed
+)->tuple:      # Images (n,3,S,S) uint8, masks (n,S,S) and attributes (n,40)
+    "Render faces as they are packed"
+    face = render_faces(n=n, size=max(size, 64), seed=seed, style=style, first=first)
+    images, masks = to_uint8(face.image), face.mask.numpy().astype('uint8')
+    if size < 64:
+        images = np.stack([square_crop(Image.fromarray(x), size, Image.LANCZOS) for x in images])
+        masks = np.stack([square_crop(Image.fromarray(x), size, Image.NEAREST) for x in masks])
+    return images.transpose(0, 3, 1, 2), masks, face.attrs
+
+def celeba_file(i): return i*125213 % 202599 + 1  # the golden ratio spreads the first n evenly, for any n
+
+def render_shard(path, first, n, size, seed, style):
+    "Render faces into a shard, unless it is there"
+    if path.exists(): return
+    images, masks, attrs = render_pixels(first, n, size, seed, style)
+    raws = [RawFace(str(i), '', row, {}, -1, celeba_file(i)) for i, row in enumerate(attrs.tolist(), first)]
+    write_shard(path, list(zip(raws, zip(images, masks))), size)
+
+# %% ../../nbs/synthetic/04_toyfaces.ipynb #dd19f8f9
+def check_set(n, size, style):
+    "Refuse a set that cannot be rendered; raises ValueError"
+    if n < 1: raise ValueError(f'a set of {n} faces cannot be rendered: ask for one or more')
+    if size < 1: raise ValueError(f'a face of {size} pixels cannot be rendered: use 16 or more')
+    check_attributes(None, n, max(size, 16), style)
+
+def begin_worker():
+    "In a worker: take one core, and end with the process that started it"
+    torch.set_num_threads(1)
+    end_with_parent()
+
+def in_parallel(work, jobs, n, workers, desc):
+    "Do rendering jobs with a progress bar, in as many processes as `n` faces are worth; the list of what they return"
+    workers = workers or min(-(-n//512), os.cpu_count() or 1)
+    start = 'fork' if sys.platform == 'linux' else 'spawn'
+    return list(progress(run_jobs(work, jobs, workers, begin_worker, start), desc, len(jobs)))
+
+# %% ../../nbs/synthetic/04_toyfaces.ipynb #32d18aaf
+def toyfaces_facts(seed, style): return dict(rendered=True, renderer=renderer_version(), seed=seed, style=style)
+
+def pack_toyfaces(
+    dst,               # Folder to make
+    n:int,             # Number of faces
+    size:int=64,       # Side in pixels
+    seed:int=0,        # Names the set of faces
+    style:str='flat',  # One of `STYLES`, or mixed
+    workers:int=None,  # Processes; None takes one for 512 faces, up to the number of cores
+)->Path:               # `dst`, ready for `load_faces`; raises ValueError, also if it holds something else
+    "Render faces straight into a packed folder, unless it is there"
+    dst = Path(dst)
+    check_set(n, size, style)
+    facts = toyfaces_facts(seed, style)
+    key = hashlib.sha256(json.dumps([facts, n, size]).encode()).hexdigest()[:16]
+    if not is_there(dst):
+        with lock(dst):
+            if not is_there(dst):  # while we waited
+                shard = str(dst.with_name(f'_{dst.name}.shards')/key)
+                jobs = [(Path(f'{shard}-{i}.arrow'), i, min(64, n - i), size, seed, style) for i in range(0, n, 64)]
+                in_parallel(render_shard, jobs, n, workers, 'rendering faces')
+                meta = dict(source='toyfaces', layout='rendered', size=size, key=key, masks=n, problems=[], left_out=[])
+                join_shards([job[0] for job in jobs], dst, meta | facts)
+    check_packed(dst, key, size, 'rendered by another version of the renderer, or with other arguments')
+    return dst
+
 # %% ../../nbs/synthetic/04_toyfaces.ipynb #61f4aff5
 def write_chunk(folder, first, n, size, seed, style):
     "Write images and part masks of the faces first..first+n; returns their attributes"
-    torch.set_num_threads(1)
     face = render_faces(n=n, size=size, seed=seed, style=style, first=first)
     for i, (pixels, mask) in enumerate(zip(to_uint8(face.image), face.mask.numpy()), first):
         Image.fromarray(pixels).save(folder/IMAGES/f'{i}.jpg', quality=96, subsampling=0)
@@ -126,8 +217,8 @@ def write_tables(folder, attrs):
     signs = [' '.join(str(int(2*v - 1)) for v in row) for row in attrs.tolist()]
     rows = [f'{i}.jpg  {row}' for i, row in enumerate(signs)]
     (folder/TABLE).write_text('\n'.join([str(len(attrs)), ' '.join(ATTRIBUTES), *rows, '']))
-    numbers = [i*125213 % 202599 for i in range(len(attrs))]
-    rows = [f'{i:<8}{j:<10}{j + 1:06d}.jpg' for i, j in enumerate(numbers)]
+    files = [celeba_file(i) for i in range(len(attrs))]
+    rows = [f'{i:<8}{j - 1:<10}{j:06d}.jpg' for i, j in enumerate(files)]
     (folder/MAPPING).write_text('\n'.join(['idx  orig_idx     orig_file', *rows, '']))
 
 # %% ../../nbs/synthetic/04_toyfaces.ipynb #b5c29564
@@ -141,24 +232,18 @@ def write_toyfaces(
 )->Path:               # The folder. Raises FileExistsError, ValueError
     "Render faces and write them in the layout of CelebAMask-HQ"
     folder = Path(folder)
-    if n < 1: raise ValueError(f'a set of {n} faces cannot be written: ask for one or more')
-    if folder.exists() and any(folder.iterdir()): raise FileExistsError(f'{folder} is not empty: name another one')
-    tmp = folder.with_name(f'.{folder.name}.{os.getpid()}.tmp')
-    for d in [IMAGES, *(f'{MASKS}/{i}' for i in range((n - 1)//2000 + 1))]:
-        (tmp/d).mkdir(parents=True)
-    jobs = [(tmp, i, min(64, n - i), size, seed, style) for i in range(0, n, 64)]
-    try:
-        done = run_jobs(jobs, workers or min(-(-n//512), os.cpu_count() or 1))
-        write_tables(tmp, torch.cat(list(progress(done, 'rendering faces', len(jobs)))))
-        os.replace(tmp, folder)   # an empty folder gives way
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+    check_set(n, size, style)
+    with lock(folder):
+        if is_there(folder): raise FileExistsError(f'{folder} is not empty: name another one')
+        tmp = folder.with_name(f'_{folder.name}.writing')
+        shutil.rmtree(tmp, ignore_errors=True)  # what a killed process left
+        for d in [IMAGES, *(f'{MASKS}/{i}' for i in range((n - 1)//2000 + 1))]:
+            (tmp/d).mkdir(parents=True)
+        try:
+            jobs = [(tmp, i, min(64, n - i), size, seed, style) for i in range(0, n, 64)]
+            write_tables(tmp, torch.cat(in_parallel(write_chunk, jobs, n, workers, 'rendering faces')))
+            (tmp/RENDERED).write_text(json.dumps(toyfaces_facts(seed, style)))
+            os.replace(tmp, folder)   # an empty folder gives way
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
     return folder
-
-def run_jobs(jobs, workers):
-    "Run `write_chunk` on each job, in this process or in several, in order"
-    if workers < 2:
-        yield from (write_chunk(*j) for j in jobs)
-        return
-    with ProcessPoolExecutor(workers, get_context('fork' if sys.platform == 'linux' else 'spawn')) as pool:
-        yield from pool.map(write_chunk, *zip(*jobs))

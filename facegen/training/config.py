@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from ..core import generator
 from ..data.augment import colour_jitter, elastic_deformation
-from ..data.faces import Face, flip_faces
+from ..data.faces import Face, digest, flip_faces, from_stored
 
 # %% ../../nbs/training/00_config.ipynb #f4527f24
 @dataclass(kw_only=True)
@@ -28,6 +28,8 @@ class TrainConfig:
     lr:float = 2e-4           # Peak learning rate
     warmup:int = 10           # Steps of linear rise from 0
     decay:str = 'cosine'      # What follows: cosine (down to 0) or constant
+    optimizer:str = 'adamw'   # adamw, or muon for the matrices and AdamW for the rest
+    muon_lr:float = .01       # Peak learning rate of Muon's matrices
     betas:tuple = (.9, .999)  # AdamW: memory of the gradient and of its square
     weight_decay:float = 1e-2 # AdamW: pull towards 0
     clip:float = 1.           # Largest gradient norm, over all trainable parameters; 0 = no clipping
@@ -41,6 +43,11 @@ class TrainConfig:
     workers:int = 0           # Processes that load faces
     save_every:int = 500      # Optimiser steps between checkpoints
     milestones:tuple = ()     # Steps whose checkpoint is kept, as step-000500.safetensors
+    check_every:int = 0       # Steps between two looks at the loss, which wait for the GPU; 0 = 1, on CUDA 50
+    tracker:str = ''          # Where curves go besides: tensorboard, trackio or wandb; '' = nowhere
+    deterministic:bool = True # False lets CUDA round and choose algorithms as is fastest (TF32, channels last, cuDNN)
+    device_noise:bool = False # Draw noise on the device: faster on CUDA, other numbers than on the CPU
+    compile:bool = False      # torch.compile the model, on CUDA only
 
     def __new__(cls, **keys):
         for key in keys.keys() - cls.__dataclass_fields__.keys():
@@ -55,8 +62,10 @@ class TrainConfig:
 LIMITS = dict(
     steps=(1, math.inf), batch=(1, math.inf), micro=(0, math.inf),
     lr=(1e-12, math.inf), warmup=(0, math.inf), weight_decay=(0, math.inf), clip=(0, math.inf), ema=(0, .999999),
-    jitter=(0, 1), elastic=(0, 1000), workers=(0, math.inf), save_every=(1, math.inf))
-CHOICES = dict(decay=('cosine', 'constant'), precision=('no', 'bf16', 'fp16'))
+    jitter=(0, 1), elastic=(0, 1000), workers=(0, math.inf), save_every=(1, math.inf), check_every=(0, math.inf),
+    muon_lr=(1e-12, math.inf))
+CHOICES = dict(decay=('cosine', 'constant'), precision=('no', 'bf16', 'fp16'), optimizer=('adamw', 'muon'),
+               tracker=('', 'tensorboard', 'trackio', 'wandb'))
 
 def check_config(
     cfg:TrainConfig, # Raises ValueError
@@ -71,18 +80,20 @@ def check_config(
     for key, words in CHOICES.items():
         value = getattr(cfg, key)
         if value not in words:
-            raise ValueError(f'TrainConfig: {key} cannot be {value!r}, only {" or ".join(words)}')
+            raise ValueError(f'TrainConfig: {key} cannot be {value!r}, only {" or ".join(w or repr(w) for w in words)}')
 
 # %% ../../nbs/training/00_config.ipynb #7db8517c
 def lr_at(
     step:int,        # Optimiser step, 0..steps-1
     cfg:TrainConfig, # `lr warmup decay steps` are used
+    peak:float=None, # Peak learning rate of some parameters; None = `cfg.lr`
 )->float:            # Learning rate of that step
     "Rise linearly, then stay or fall along half a cosine to 0"
-    if step < cfg.warmup: return cfg.lr*step/cfg.warmup
-    if cfg.decay == 'constant': return cfg.lr
+    peak = cfg.lr if peak is None else peak
+    if step < cfg.warmup: return peak*step/cfg.warmup
+    if cfg.decay == 'constant': return peak
     share = (step - cfg.warmup)/max(1, cfg.steps - cfg.warmup)
-    return cfg.lr*max(0., .5*(1 + math.cos(math.pi*share)))
+    return peak*max(0., .5*(1 + math.cos(math.pi*share)))
 
 # %% ../../nbs/training/00_config.ipynb #dde2218c
 @lru_cache(maxsize=4)
@@ -91,12 +102,13 @@ def _shuffle(n, seed, epoch): return torch.randperm(n, generator=generator('orde
 class Batches(Dataset):
     "Item `step` is (row numbers, `Face`): rows `first` to `last` of the batch of that step"
     def __init__(self,
-        faces,           # Has a length; [rows] gives a `Face`
-        cfg:TrainConfig, # `batch seed flip jitter elastic` are used
-        first:int=0,     # First row of the batch that is wanted
-        last:int=None,   # One past the last; None = to the end
+        faces,             # Has a length; [rows] gives a `Face`
+        cfg:TrainConfig,   # `batch seed flip jitter elastic` are used
+        first:int=0,       # First row of the batch that is wanted
+        last:int=None,     # One past the last; None = to the end
+        stored:bool=False, # Give faces as `faces.stored` has them, for `finished` to convert and augment on a GPU
     ):
-        self.faces, self.cfg, self.part = faces, cfg, slice(first, last)
+        self.faces, self.cfg, self.part, self.as_stored = faces, cfg, slice(first, last), stored
 
     def __getitem__(self, step):
         n, batch = len(self.faces), self.cfg.batch
@@ -104,14 +116,20 @@ class Batches(Dataset):
         epochs = (start + batch - 1)//n + 1  # shuffles that this batch touches
         order = torch.cat([_shuffle(n, self.cfg.seed, epoch + i) for i in range(epochs)])
         rows = order[start:start + batch][self.part]
+        if self.as_stored: return rows, self.faces.stored(rows)
         return rows, self.augmented(self.faces[rows], step)
+
+    def finished(self, face, step):
+        "Convert and augment where the face is what a `stored` item gave; it may have been moved to a GPU"
+        return self.augmented(from_stored(face), step) if self.as_stored else face
 
     def augmented(self, face, step):
         "Flip, jitter and deform; random numbers are those of the whole batch, cut to these rows"
         cfg, part = self.cfg, (self.cfg.batch, self.part)
         def rng(name): return generator(name, cfg.seed, step)
         if cfg.flip:
-            face = flip_faces(face, torch.rand(cfg.batch, generator=rng('flip'))[self.part] < .5)
+            which = torch.rand(cfg.batch, generator=rng('flip'))[self.part] < .5
+            face = flip_faces(face, which.to(face.image.device, non_blocking=True))
         if cfg.jitter:
             face = face._replace(image=colour_jitter(face.image, cfg.jitter, rng('jitter'), *part))
         if cfg.elastic:
@@ -129,4 +147,5 @@ class InMemoryFaces:
 
     def __len__(self): return len(self.ids)
     def __getitem__(self, rows): return Face(*(x[rows] for x in self.face))
+    digest = property(lambda self: digest(*self.face, self.ids)) # Changes with any of their content
     attrs = property(lambda self: self.face.attrs) # (N,40)
