@@ -256,7 +256,7 @@ def load_pipeline(
     parts = {} if autoencoder is None else dict(autoencoder=autoencoder)
     disable_progress_bar()
     try:
-        pipe = FacePipeline.from_pretrained(str(folder), torch_dtype=torch.float32, **parts)
+        pipe = FacePipeline.from_pretrained(str(folder), dtype=torch.float32, **parts)
     finally:
         if bars:
             enable_progress_bar()

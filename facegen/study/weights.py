@@ -6,12 +6,10 @@
 __all__ = ['MOST', 'CARD', 'KINDS', 'copy_network', 'copy_pipeline', 'model_card', 'keep_weights']
 
 # %% ../../nbs/study/09_weights.ipynb #eba1cc57
-import json, shutil
+import shutil
 from pathlib import Path
 
-import torch
-
-from ..conditioning.pipeline import FacePipeline, load_pipeline
+from ..conditioning.pipeline import FacePipeline
 from ..core import load_result, root, run_folder, write_atomic
 from .experiments import job, parse_name
 
@@ -35,7 +33,8 @@ def copy_pipeline(source, target, autoencoder):
     size = sum(p.stat().st_size for p in (target/'denoiser').iterdir())
     if size > MOST[1]:
         shutil.rmtree(target)
-        raise ValueError(f'{source} has {size/1e6:.1f} MB in half precision: a denoiser in git may have {MOST[1]/1e6:g}')
+        raise ValueError(f'{source} has {size/1e6:.1f} MB in half precision: '
+                         f'a denoiser in git may have {MOST[1]/1e6:g}')
 
 # %% ../../nbs/study/09_weights.ipynb #d0cd21de
 CARD = '''# {run}

@@ -404,10 +404,10 @@ class Stopwatch:
     def tick(self): # Once a step
         self.done += 1
 
-    def stop(self)->dict: # seconds, cpu_seconds, for all steps
+    def stop(self)->dict: # seconds, cpu_seconds, for all steps; None where nobody measured them
         "Write the times down, or read them if no step was left"
-        spent = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
-        if self.done or not self.file.exists():
-            whole = [x*self.steps/max(1, self.done) for x in spent]
+        if self.done:
+            spent = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
+            whole = [x*self.steps/self.done for x in spent]
             write_atomic(self.file, json.dumps(dict(seconds=whole[0], cpu_seconds=whole[1])).encode())
-        return json.loads(self.file.read_text())
+        return json.loads(self.file.read_text()) if self.file.exists() else dict(seconds=None, cpu_seconds=None)
