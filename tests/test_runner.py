@@ -96,31 +96,35 @@ def test_a_failing_run_stops_its_branch_only_and_keeps_its_notebook(home):
 
 def test_a_run_starts_from_committed_weights_where_no_run_is_here(home):
     "What ran here comes first, then weights of the repository; without either the path stays as it was"
+    from facegen.study.weights import keep_weights
     def want(): return runner.from_weights(experiments.job('attrs-laptop-s0'))['params']
     assert want()['classifier'] == 'data/runs/classifier32-laptop-s0/judge'
     judge = home/'data/runs/classifier32-laptop-s0/judge'
     judge.mkdir(parents=True)
     (judge/'config.json').write_text('{}')
-    assert runner.keep_weights('classifier32-laptop-s0') == home/'data/weights/classifier32-laptop-s0'
+    save_result('classifier32-laptop-s0', dict(faces='toy', n_faces=64), [RECORD])
+    assert keep_weights('classifier32-laptop-s0') == home/'data/weights/classifier32-laptop-s0'
     assert want()['classifier'] == 'data/runs/classifier32-laptop-s0/judge'
     shutil.rmtree(home/'data/runs')
     assert want()['classifier'] == 'data/weights/classifier32-laptop-s0/judge'
     assert want()['parser'] == 'data/runs/parser32-laptop-s0/judge'
     with pytest.raises(FileNotFoundError, match='facegen launch parser32-laptop-s0'):
-        runner.keep_weights('parser32-laptop-s0')
+        keep_weights('parser32-laptop-s0')
     big = home/'data/runs/parser32-laptop-s0/judge'
     big.mkdir(parents=True)
     (big/'config.json').write_bytes(b'x'*3_100_000)
     with pytest.raises(ValueError, match='3.1 MB'):
-        runner.keep_weights('parser32-laptop-s0')
+        keep_weights('parser32-laptop-s0')
 
 
 def test_committed_weights_are_small_and_load():
-    "data/weights holds what `from_weights` may take: at most 3 MB each, and a network that opens"
+    "data/weights holds what `from_weights` may take: small networks that open (sizes: `weights.MOST`)"
     from facegen.evaluation.judges import load_classifier, load_parser
+    from facegen.study.weights import MOST
     for folder in (REPO/'data'/'weights').iterdir():
         if folder.is_dir():
-            assert sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()) < 3e6, folder
+            most = MOST[bool(list(folder.glob('pipeline')))]
+            assert sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()) < most, folder
     c, name = load_classifier(str(REPO/'data/weights/classifier32-laptop-s0/judge'))
     assert name == 'classifier32-laptop-s0' and c.config.size == 32
     p, name = load_parser(str(REPO/'data/weights/parser32-laptop-s0/judge'))
