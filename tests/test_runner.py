@@ -1,5 +1,5 @@
 """A batch skips, resumes, fails and recovers as it should, and its results become one table."""
-import io, os, platform, shutil, subprocess, sys
+import io, os, platform, shutil, subprocess, sys, time
 from pathlib import Path
 
 import nbformat, pytest
@@ -102,7 +102,7 @@ def test_a_run_starts_from_committed_weights_where_no_run_is_here(home):
     judge = home/'data/runs/classifier32-laptop-s0/judge'
     judge.mkdir(parents=True)
     (judge/'config.json').write_text('{}')
-    save_result('classifier32-laptop-s0', dict(faces='toy', n_faces=64), [RECORD])
+    save_result('classifier32-laptop-s0', dict(faces='toy', n_faces=64, trained_on=38), [RECORD])
     assert keep_weights('classifier32-laptop-s0') == home/'data/weights/classifier32-laptop-s0'
     assert want()['classifier'] == 'data/runs/classifier32-laptop-s0/judge'
     shutil.rmtree(home/'data/runs')
@@ -113,6 +113,7 @@ def test_a_run_starts_from_committed_weights_where_no_run_is_here(home):
     big = home/'data/runs/parser32-laptop-s0/judge'
     big.mkdir(parents=True)
     (big/'config.json').write_bytes(b'x'*3_100_000)
+    save_result('parser32-laptop-s0', dict(faces='toy', n_faces=64, trained_on=38), [RECORD])
     with pytest.raises(ValueError, match='3.1 MB'):
         keep_weights('parser32-laptop-s0')
 
@@ -178,6 +179,9 @@ def test_a_lock_goes_only_when_nobody_can_hold_it(home):
     note.write_text(platform.node())
     alive = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)', 'snakemake'], cwd=home)
     try:
+        until = time.time() + 20
+        while alive.pid not in runner.snakemakes(home) and time.time() < until:
+            time.sleep(.05)  # its words are seen a moment after it was started
         with pytest.raises(RuntimeError, match=f'at work in .* {alive.pid}.*: wait for it, or stop it'):
             runner.unlock(home)
     finally:
