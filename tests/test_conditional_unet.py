@@ -7,8 +7,8 @@ from torch import nn
 from transformers import SegformerConfig
 
 from facegen.conditioning.conditional_unet import (
-    CORRUPTIONS, DENOISERS, conditional_loss, contrastive_term, make_denoiser)
-from facegen.core import seed_all
+    CORRUPTIONS, DENOISERS, conditional_loss, contrastive_term, load_denoiser, make_denoiser)
+from facegen.core import PARTS, seed_all
 from facegen.data.faces import Face, flip_faces
 from facegen.conditioning.infonce import NCE
 from facegen.diffusion.losses import StepRandom, diffusion_loss, weighting
@@ -252,6 +252,25 @@ def test_mirroring_the_mask_mirrors_the_generated_face():
     nearer = lambda x, a, b: ((x - a).square().mean((1, 2, 3)) < (x - b).square().mean((1, 2, 3))).float().mean().item()
     assert nearer(generate(test.mask), test.image, twin.image) > .75   # by chance 0.5; 24 of 32 by chance: 0.4 %
     assert nearer(generate(twin.mask), twin.image, test.image) > .75
+
+
+def test_the_kept_network_draws_paint_where_it_was_painted():
+    "The pose is that of the mask, a hat appears above, a strand of hair on its own side"
+    denoiser, to_faces = load_denoiser('latent-laptop-s0')
+    assert not denoiser.training and denoiser.dtype == torch.float32
+    crowd, sampler = render_faces(n=4, size=64, seed=3), make_sampler('dpm++', make_scheduler(prediction='flow'))
+    def generate(mask):
+        return to_faces(sample(denoiser, sampler, 4, 16, 10, Cond(crowd.attrs, mask), seed=1, channels=4))
+    def painted(part, rows, columns):
+        mask = crowd.mask.clone()
+        mask[:, rows, columns] = PARTS.index(part)
+        return (generate(mask) - plain).abs().mean(1)  # (4,64,64)
+    plain = generate(crowd.mask)
+    assert plain.shape == (4, 3, 64, 64) and plain.abs().max() <= 1
+    left, right = (painted('hair', slice(28, 40), slice(c, c + 12)) for c in (13, 39))
+    assert left[..., :32].sum() > 1.5*left[..., 32:].sum() and right[..., 32:].sum() > 1.5*right[..., :32].sum()
+    hat = painted('hat', slice(4, 18), slice(8, 56))
+    assert hat[:, 4:18].mean() > 3*hat[:, 32:].mean()
 
 
 # The loss

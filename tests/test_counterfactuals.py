@@ -3,10 +3,12 @@ import pytest
 import torch
 from oracle import LookupJudge, find
 
-from facegen.core import save_result
-from facegen.data.faces import ATTRIBUTES, flip_faces
+from facegen.conditioning.pipeline import load_pipeline
+from facegen.core import generator, root, save_result
+from facegen.data.faces import ATTRIBUTES, flip_faces, mirror_mask
 from facegen.evaluation import counterfactuals
 from facegen.evaluation.controllability import NOT_IN_MASK
+from facegen.evaluation.judges import load_classifier, load_parser
 from facegen.synthetic.toyfaces import render_faces
 
 N, HIDDEN = 96, [ATTRIBUTES.index(a) for a in NOT_IN_MASK]
@@ -55,6 +57,23 @@ def test_mirror_images_differ_and_symmetric_masks_do_not(want):
     assert value(want.image, symmetric) == .5
     m, = counterfactuals.mirror_report(LookupJudge(want.image, symmetric), want.image, want.mask)
     assert m['value'] == .5 == m['chance'] and m['low'] <= .5 <= m['high']
+
+
+def test_the_kept_network_passes_both_tests_by_the_kept_judges():
+    weights, pipe, unseen = root()/'data'/'weights', load_pipeline(), render_faces(n=24, size=64, seed=7)
+    classifier, parser = (load(weights/f'{name}-laptop-s0'/'judge')[0]
+                          for load, name in ((load_classifier, 'classifier'), (load_parser, 'parser')))
+    requested, column = counterfactuals.flip_plan(unseen.attrs, ['Black_Hair', 'Blond_Hair', 'Gray_Hair', 'Pale_Skin'])
+    def generate(attrs, mask):
+        noise = [generator('test', i) for i in range(24)]
+        return pipe(attrs, mask, n=24, steps=8, attrs_scale=2, mask_scale=2, generator=noise)
+    before, after = (generate(a, unseen.mask) for a in (unseen.attrs, requested))
+    r = counterfactuals.flip_report(classifier, before, after, requested, column)
+    success, leakage = (find(r, name) for name in ('flip_success', 'flip_leakage'))
+    assert success['value'] > .6 > .3 > success['chance'] and leakage['value'] < .5*leakage['chance']
+    mirrored = generate(unseen.attrs, mirror_mask(unseen.mask))
+    follows, mirrors = (counterfactuals.mirror_report(parser, x, unseen.mask)[0]['value'] for x in (before, mirrored))
+    assert follows > .9 and mirrors < .1
 
 
 @pytest.mark.parametrize('call, words', [

@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 
 import pytest
 import torch
-from diffusers.utils.logging import disable_progress_bar
+from diffusers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from facegen.conditioning import pipeline
 from facegen.conditioning.conditional_unet import make_denoiser
@@ -11,7 +11,7 @@ from facegen.core import seed_all
 from facegen.data.faces import ATTRIBUTES
 from facegen.models.latents import make_autoencoder
 from facegen.diffusion.schedules import make_scheduler
-from facegen.conditioning.pipeline import FacePipeline, as_cond
+from facegen.conditioning.pipeline import FacePipeline, as_cond, load_pipeline
 from facegen.diffusion.samplers import PROCESS_SAMPLERS, SAMPLERS, make_sampler
 from facegen.conditioning.condition_encoders import CONDITIONINGS
 from facegen.synthetic.toyfaces import render_faces
@@ -104,6 +104,18 @@ def test_the_autoencoder_must_be_the_denoisers():
                          ((large, vae), 'downsampled by 1, the autoencoder downsamples by 4')):
         with pytest.raises(ValueError, match=words):
             FacePipeline(parts[0], make_sampler('dpm++', NOISE), parts[1])
+
+
+def test_loading_is_quiet_and_leaves_progress_bars_as_they_were(tmp_path, pixels, capfd):
+    pixels.save_pretrained(tmp_path)
+    for switch in (enable_progress_bar, disable_progress_bar):
+        switch()
+        on = is_progress_bar_enabled()
+        again = load_pipeline(tmp_path)
+        assert is_progress_bar_enabled() == on == (switch is enable_progress_bar)
+        generate(again)
+        assert capfd.readouterr() == ('', '')
+    assert torch.equal(generate(again), generate(pixels))
 
 
 # What people write
