@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'PARTS', 'BAR', 'FIELDS', 'LIBRARIES', 'root', 'output_root', 'run_folder', 'generator', 'seed_all',
-           'bootstrap_size', 'device', 'is_live', 'progress', 'tqdm_file', 'announce', 'write_atomic', 'checksum',
-           'record_problems', 'result_problems', 'peak_memory', 'step_seconds', 'library_version', 'git_output',
-           'environment', 'result_path', 'six_digits', 'save_result', 'load_result']
+           'bootstrap_size', 'device', 'native_bf16', 'is_live', 'progress', 'tqdm_file', 'announce', 'write_atomic',
+           'checksum', 'record_problems', 'result_problems', 'peak_memory', 'step_seconds', 'library_version',
+           'git_output', 'environment', 'result_path', 'six_digits', 'save_result', 'load_result']
 
 # %% ../nbs/00_core.ipynb #100a42cd
 import hashlib, json, math, os, platform, random, resource, subprocess, sys, time, zlib
@@ -96,6 +96,15 @@ def device(
     if prefer.split(':')[0] not in available:
         raise ValueError(f"device {prefer!r} is not here; available: {', '.join(available)}")
     return torch.device(prefer)
+
+# %% ../nbs/00_core.ipynb #bf160001
+def native_bf16(
+    where, # A `torch.device`
+)->bool:   # False also for a CPU or GPU that only emulates it
+    "Tell whether a CPU or a GPU computes in bfloat16 by itself"
+    import torch
+    if where.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 # %% ../nbs/00_core.ipynb #76d52cce
 def is_live()->bool: # True in a kernel that somebody sits in front of

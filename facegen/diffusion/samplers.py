@@ -18,7 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor, nn
 
-from ..core import generator, progress
+from ..core import generator, native_bf16, progress
 from .schedules import EDM, noise_levels, predict_eps, predict_x0, signal_and_noise, training_target
 
 # %% ../../nbs/diffusion/01_samplers.ipynb #5dc6f490
@@ -218,11 +218,7 @@ def precision_on(
     if precision == 'fp16' and where.type == 'cpu':
         raise ValueError("precision='fp16' is for GPUs: take bf16 or no on a CPU")
     if precision != 'bf16' or where.type not in ('cpu', 'cuda'): return precision
-    if where.type == 'cuda':
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return 'bf16' if native else 'no'
+    return 'bf16' if native_bf16(where) else 'no'
 
 def in_precision(
     model,         # model(x, t, cond)

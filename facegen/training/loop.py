@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..core import announce, device, generator, write_atomic
+from ..core import announce, device, generator, native_bf16, write_atomic
 from ..diffusion.losses import StepRandom, diffusion_loss  # noqa: F401, re-exported
 from ..plotting import tile
 from .checkpoint import (
@@ -41,13 +41,9 @@ def precision_used(
     cfg:TrainConfig, # `precision device` are used
 )->str:              # no, bf16 or fp16
     "Tell in which precision a training runs here: bf16 only where the device computes in it, else float32"
-    where = device(cfg.device).type
-    if cfg.precision != 'bf16' or where not in ('cpu', 'cuda'): return cfg.precision
-    if where == 'cuda':
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return 'bf16' if native else 'no'
+    where = device(cfg.device)
+    if cfg.precision != 'bf16' or where.type not in ('cpu', 'cuda'): return cfg.precision
+    return 'bf16' if native_bf16(where) else 'no'
 
 def check_tracker(
     cfg:TrainConfig, # `tracker` is used
