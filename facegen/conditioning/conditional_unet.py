@@ -41,7 +41,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         adagn:bool=True,              # Time scales and shifts normalised features
         act:str='silu',               # Activation
         attrs:str='tokens',           # How attributes are encoded: '', mlp or tokens
-        mask:str='grid',              # How masks are encoded: '', pooled, tokens or grid
+        mask:str='grid',              # How masks are encoded: '', presence, areas, pooled, tokens or grid
         frozen_projection:bool=False, # Leave the projections of mlp + pooled untrained
         dim:int=256,                  # Length of a token
         token_repeats:int=4,          # How often a single token is repeated

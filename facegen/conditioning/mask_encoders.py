@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_DROPOUT', 'one_hot', 'mask_to_grey', 'load_segformer', 'make_segformer', 'PooledMask', 'freeze_key_biases',
-           'MaskGrid', 'MaskTokens']
+           'MaskGrid', 'MaskTokens', 'MaskAreas']
 
 # %% ../../nbs/conditioning/02_mask_encoders.ipynb #374c96f5
 from pathlib import Path
@@ -167,3 +167,23 @@ class MaskTokens(nn.Module):
         h = self.encoder(x).last_hidden_state                               # (B, 48, side, side)
         h = torch.cat([h, F.adaptive_avg_pool2d(x, self.side)], 1)          # and the share of each class in the cell
         return self.proj(h.flatten(2).transpose(1, 2)) + self.positions     # (B, tokens, dim)
+
+# %% ../../nbs/conditioning/02_mask_encoders.ipynb #f94b7b00
+class MaskAreas(nn.Module):
+    "How much of the picture each class has, or whether it is there at all, as one token"
+    def __init__(self,
+        dim:int,             # Length of the token
+        presence:bool=False, # Say only which classes are there
+    ):
+        super().__init__()
+        self.presence = presence
+        self.proj = nn.Sequential(nn.Linear(len(PARTS) + 1, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def summary(self, mask):                       # (B, H, W)
+        "Share of each class, 0..1, or 0 and 1; last the share of the picture that is asked for, (B, 20)"
+        shares = one_hot(mask).mean((2, 3))        # (B, 19)
+        known = shares.sum(1, keepdim=True)        # (B, 1)
+        said = (shares > 0).float() if self.presence else shares
+        return torch.cat([said, known], 1)
+
+    def forward(self, mask): return self.proj(self.summary(mask))[:, None]  # (B, 1, dim)

@@ -79,6 +79,7 @@ DITS = {  # the paper's two, Peebles and Xie's three without labels, and ours
     'gpu_s':    dict(layers=6,  heads=6,  head_dim=64, patch=4),
     'gpu_l':    dict(layers=12, heads=9,  head_dim=64, patch=4),
     'smoke':    dict(layers=2,  heads=2,  head_dim=16, patch=4)}
+DITS |= {f'{k}_latent': DITS[k] | dict(patch=2) for k in ('laptop_s', 'laptop_l', 'gpu_s', 'gpu_l')}  # smaller grids
 
 # %% ../../nbs/models/01_dit.ipynb #b8ca28f4
 def make_dit(
