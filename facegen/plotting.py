@@ -23,12 +23,15 @@ from .core import PARTS, is_live, output_root, write_atomic
 COLOURS = {
     'ema': '#0173b2', 'raw': '#de8f05',                                                           # weights
     'chance': '#8c8c8c', 'reference': '#8c8c8c', 'upper': '#029e73', 'recon': '#029e73',          # marks
-    'ddpm': '#cc78bc', 'ddim': '#d55e00', 'dpm++': '#0173b2', 'unipc': '#56b4e9',                 # samplers
+    'ddpm': '#cc78bc', 'ddim': '#d55e00', 'dpm++': '#0173b2', 'unipc': '#56b4e9', 'euler': '#de8f05',  # samplers
     'unet': '#0173b2', 'dit': '#d55e00', 'dit-s': '#f0a35e', 'dit-l': '#a83f00',                  # backbones
     'train': '#ca9161', 'real': '#4d4d4d',                                                        # data
-    'uncond': '#949494', 'attrs': '#cc78bc', 'attrs+nce': '#d55e00',                              # conditionings
-    'published': '#de8f05', 'published-blank': '#ece133', 'described': '#ca9161', 'giambi-lisanti': '#fbafe4',
-    'spatial': '#0173b2', 'spatial+guided': '#56b4e9', 'spatial+nce': '#029e73', 'spatial+nce-soft': '#006d50',
+    'uncond': '#949494', 'attrs': '#cc78bc', 'attrs+nce': '#d55e00', 'attr-tokens': '#8f3f80',    # conditionings
+    'published': '#de8f05', 'published-blank': '#ece133', 'described': '#ca9161', 'presence': '#b9c44d',
+    'areas': '#7a8a1e', 'pooled': '#a86500', 'mask-tokens': '#fbafe4', 'giambi-lisanti': '#fbafe4',
+    'spatial': '#0173b2', 'spatial+dropout': '#4a8fd0', 'spatial+guided': '#56b4e9', 'mask-only': '#7fd1c7',
+    'spatial+nce': '#029e73', 'spatial+nce-soft': '#006d50',
+    'former-recipe': '#949494', 'longer': '#00507d', 'pixels': '#ca9161',                         # other recipes
     'zero-shot': '#6b6b6b', 'zero-shot-uncond': '#b5b5b5', 'full': '#d55e00',                     # adaptation
     'lora': '#0173b2', 'lora-uncond': '#56b4e9', 'lora-silent': '#cc78bc', 'lora-absent': '#029e73'}
 

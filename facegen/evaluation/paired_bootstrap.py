@@ -46,7 +46,8 @@ def masks_per_sample(
 def kid_per_sample(
     a:torch.Tensor, # Features of the samples, (n,d)
     b:torch.Tensor, # Features of the reference, (m,d)
-)->dict:            # kid (n,), with the distance as its mean, and kid_real (m,), with the mean 0
+    name:str='kid', # Of the metric
+)->dict:            # <name> (n,), with the distance as its mean, and <name>_real (m,), with the mean 0
     "Share the KID out among faces, by their influence"
     def k(x, y): return (x@y.T/x.shape[1] + 1)**3
     def within(x):
@@ -56,7 +57,7 @@ def kid_per_sample(
     across, among_a, among_b = k(a, b), within(a), within(b)  # (n,m), (n,), (m,)
     distance = among_a.mean() + among_b.mean() - 2*across.mean()
     of_a, of_b = 2*(among_a - across.mean(1)), 2*(among_b - across.mean(0))
-    return dict(kid=(of_a - of_a.mean() + distance).float(), kid_real=(of_b - of_b.mean()).float())
+    return {name: (of_a - of_a.mean() + distance).float(), f'{name}_real': (of_b - of_b.mean()).float()}
 
 # %% ../../nbs/evaluation/08_paired_bootstrap.ipynb #fe9e2bb5
 def balanced_accuracy_of(names):
@@ -72,7 +73,9 @@ MEASURES = {  # metric -> the tables it needs, and the rule
     'balanced_accuracy_hidden': (('pred', 'requested'), balanced_accuracy_of(NOT_IN_MASK)),
     'miou': (('intersection', 'union'), lambda intersection, union: (intersection.sum(0)/union.sum(0)).nanmean()),
     'mirror_followed': (('sides',), torch.nanmean),
-    'kid': (('kid', 'kid_real'), lambda kid, kid_real: kid.mean() + kid_real.mean())}
+    'miou_per_image': (('intersection', 'union'), lambda intersection, union: (intersection/union).nanmean(1).mean()),
+    **{kid: ((kid, f'{kid}_real'), lambda kid, kid_real: kid.mean() + kid_real.mean())
+       for kid in ('kid', 'kid_32px', 'kid_outside')}}
 
 # %% ../../nbs/evaluation/08_paired_bootstrap.ipynb #976b8888
 def samples_path(run)->Path: return result_path(run).with_suffix('.safetensors')  # beside the JSON

@@ -35,7 +35,7 @@ NETWORKS = {  # experiment -> backbone, and its network at each scale ('smoke' w
        for i in range(1, 7)}}  # each varies r0
 
 # %% ../../nbs/study/00_experiments.ipynb #26b14464
-RECIPE = dict(prediction='flow', timestep_sampling='logit-normal', optimizer='muon')  # chosen by the pilot
+RECIPE = dict(prediction='flow', timestep_sampling='logit-normal', optimizer='muon', muon_lr=.02)  # by the pilot
 X0_ADAMW = dict(prediction='sample', timestep_sampling='uniform', optimizer='adamw')
 EPSILON_ADAMW = X0_ADAMW | dict(prediction='epsilon')
 LEARNING_RATES = {'lr-lowest': 1/80, 'lr-low': 1/8, 'lr-high': 2.5}  # times the scale's own
@@ -138,7 +138,8 @@ def recipes_at_scale(
     base:dict, # Arguments that the scale has for `recipe`
 )->dict:       # Experiment -> arguments that it has at this scale only
     "Find the arguments of the pilot that follow from a scale"
-    lr, muon_lr, batch, steps = (base.get(*pair) for pair in dict(lr=1e-3, muon_lr=.01, batch=8, steps=20).items())
+    lr, batch, steps = (base.get(*pair) for pair in dict(lr=1e-3, batch=8, steps=20).items())
+    muon_lr = RECIPE['muon_lr']
     found = {name: dict(base) for name in recipes()}
     for row, (_, factor) in PILOT_RATES.items():
         found[pilot_name(row)] |= dict(lr=lr*factor, muon_lr=muon_lr*factor)
@@ -286,7 +287,7 @@ LAPTOP = {
                                 warmup=50, ema=.995, samples=256, sampling_steps=10),
     '37_lora': dict(n_faces=20000, size=32, n_train=128, rank=8, alpha=24., steps=600, batch=16, lr=3e-3, warmup=20,
                     ema=.98, previews=4, guidance_scales='1 1.5 2 3', guidance_val_size=128, samples=256,
-                    sampling_steps=10),
+                    sampling_steps=10, outside='efficientnet-lite0'),
     'full':          dict(lr=3e-4),
     'full-celeba64': dict(lr=3e-4)}
 
@@ -322,7 +323,7 @@ GPU = {
                                 warmup=500, ema=.9995, precision='bf16', samples=1024, sampling_steps=20),
     '37_lora': dict(n_faces=10000, size=64, n_train=1000, rank=16, alpha=48., steps=4000, batch=32, lr=3e-4,
                     warmup=100, ema=.999, previews=4, precision='bf16', guidance_scales='1 1.5 2 3 5',
-                    guidance_val_size=512, samples=1024, sampling_steps=20),
+                    guidance_val_size=512, samples=1024, sampling_steps=20, outside='efficientnet-lite0'),
     'full':          dict(lr=1e-4),
     'full-celeba64': dict(lr=1e-4)}
 
