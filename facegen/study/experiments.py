@@ -35,7 +35,7 @@ NETWORKS = {  # experiment -> backbone, and its network at each scale ('smoke' w
        for i in range(1, 7)}}  # each varies r0
 
 # %% ../../nbs/study/00_experiments.ipynb #26b14464
-RECIPE = dict(prediction='flow', timestep_sampling='logit-normal', optimizer='muon', muon_lr=.02)  # by the pilot
+RECIPE = dict(prediction='flow', timestep_sampling='logit-normal', optimizer='muon')  # chosen by the pilot
 X0_ADAMW = dict(prediction='sample', timestep_sampling='uniform', optimizer='adamw')
 EPSILON_ADAMW = X0_ADAMW | dict(prediction='epsilon')
 LEARNING_RATES = {'lr-lowest': 1/80, 'lr-low': 1/8, 'lr-high': 2.5}  # times the scale's own
@@ -138,8 +138,7 @@ def recipes_at_scale(
     base:dict, # Arguments that the scale has for `recipe`
 )->dict:       # Experiment -> arguments that it has at this scale only
     "Find the arguments of the pilot that follow from a scale"
-    lr, batch, steps = (base.get(*pair) for pair in dict(lr=1e-3, batch=8, steps=20).items())
-    muon_lr = RECIPE['muon_lr']
+    lr, muon_lr, batch, steps = (base.get(*pair) for pair in dict(lr=1e-3, muon_lr=.02, batch=8, steps=20).items())
     found = {name: dict(base) for name in recipes()}
     for row, (_, factor) in PILOT_RATES.items():
         found[pilot_name(row)] |= dict(lr=lr*factor, muon_lr=muon_lr*factor)
