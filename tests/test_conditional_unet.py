@@ -21,7 +21,7 @@ from facegen.training.loop import setup, train
 
 torch.set_num_threads(1)
 NOISE = make_scheduler()
-ONE_TOKEN = ('uncond', 'attrs', 'published', 'described')  # a single token, repeated
+ONE_TOKEN = ('uncond', 'attrs', 'published', 'described', 'mask-only')  # a single token, repeated
 NO_GRADIENT = ('attn2.to_q', 'attn2.to_k', 'transformer_blocks.0.norm2.') # what only weights equal tokens
 
 
@@ -91,11 +91,12 @@ def make_encoder(name, **keys):
 def test_what_a_condition_encoder_reads(name, cond):
     t = make_encoder(name)
     tokens, grid = t(cond)
-    assert tokens.shape == (8, {'giambi-lisanti': 56, 'spatial': 40}.get(name, 4), 32)
-    assert (grid is None) == (name != 'spatial') and (grid is None or grid.shape == (8, 8, 16, 16))
+    many = {'attr-tokens': 40, 'presence': 41, 'areas': 41, 'pooled': 41, 'mask-tokens': 56, 'spatial': 40}
+    assert tokens.shape == (8, many.get(name, 4), 32)
+    assert (grid is None) == (name not in ('spatial', 'mask-only')) and (grid is None or grid.shape == (8, 8, 16, 16))
     far = lambda c: max((a - b).abs().max().item() for a, b in zip(t(c), (tokens, grid)) if b is not None)
-    assert (far(cond.drop(True, False)) > 1e-4) == (name != 'uncond'), 'attributes'
-    assert (far(cond.drop(False, True)) > 1e-4) == (name not in ('uncond', 'attrs')), 'masks'
+    assert (far(cond.drop(True, False)) > 1e-4) == (name not in ('uncond', 'mask-only')), 'attributes'
+    assert (far(cond.drop(False, True)) > 1e-4) == (name not in ('uncond', 'attrs', 'attr-tokens')), 'masks'
     if name in ONE_TOKEN:
         assert torch.equal(tokens, tokens[:, :1].expand_as(tokens))
     part = t(cond[2:5])[0]

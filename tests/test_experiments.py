@@ -54,10 +54,34 @@ def test_a_wrong_name_is_answered_with_the_nearest_right_one():
 
 
 def test_judges_are_shared_by_all_seeds():
-    assert experiments.job('unet-laptop-s2')['needs'] == ['classifier32-laptop-s0']
+    shared = ['classifier-laptop-s0', 'autoencoder-laptop-s0', 'classifier32-laptop-s0']
+    assert experiments.job('unet-laptop-s2')['needs'] == shared
     seeds = [f'unet-laptop-s{s}' for s in range(3)]
     runs = experiments.run_names('laptop', 3, ['classifier', 'parser', 'unet'])
     assert runs == ['classifier-laptop-s0', 'parser-laptop-s0', *seeds]
+
+
+@pytest.mark.parametrize('scale', ['smoke', 'demo', 'laptop', 'gpu'])
+def test_what_is_sampled_from_another_network_takes_that_of_its_own_seed_and_shares_its_training(scale):
+    for name, trained in experiments.SAMPLED_FROM.items():
+        if scale not in experiments.EXPERIMENTS[name].scales: continue
+        mine, its = (experiments.job(experiments.run_name(k, scale, 2)) for k in (name, trained))
+        assert experiments.run_name(trained, scale, 2) in mine['needs']
+        assert mine['params']['pipeline'] == f"data/runs/{experiments.run_name(trained, scale, 2)}/pipeline"
+        sampling = {'attrs_scale', 'mask_scale', 'guidance_interval', 'sampling_steps', 'pipeline', 'run'}
+        keys = mine['params'].keys() | its['params'].keys()
+        assert {k for k in keys if mine['params'].get(k) != its['params'].get(k)} <= sampling
+
+
+def test_below_the_published_scale_families_work_in_latents_and_details_in_pixels():
+    for scale in ('laptop', 'gpu'):
+        for name, e in experiments.EXPERIMENTS.items():
+            p = experiments.job(experiments.run_name(name, scale, 0))['params']
+            if e.notebook not in ('32_unconditional', '34_conditional') or scale not in e.scales: continue
+            in_pixels = p.get('autoencoder', '') == ''
+            assert in_pixels == (not p['network'].endswith('_latent')), name
+            assert not (name in experiments.CHAIN and in_pixels), name
+    assert all(not experiments.job(f'{k}-paper-s0')['params']['autoencoder'] for k in ('unet', 'dit-s', 'r3'))
 
 
 def test_faces_are_looked_up(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import ScaledTranslation
 
 from ..data.faces import mirror_mask
-from ..evaluation.paired_bootstrap import Difference
+from ..evaluation.paired_bootstrap import Difference, t_interval
 from ..plotting import COLOURS, PART_COLOURS, load_gallery, save_figure, tile
 from .comparisons import decided, interval_text, network_name, verdict
 from .runner import figure_name
@@ -345,15 +345,17 @@ class Page:
 
 # %% ../../nbs/study/05_plots.ipynb #63b7992a
 HALO = [withStroke(linewidth=2.5, foreground='white')]  # keeps a number legible on a line
-OUTCOME_COLOURS = {'better': COLOURS['upper'], 'worse': '#c65d00', 'not decided': GREY}
+OUTCOME_COLOURS = {'better': COLOURS['upper'], 'worse': '#c65d00', 'not decided': GREY, 'one seed': '#c4c4c4'}
 
 def outcome(
     metric:str,   # Key of METRICS
     d:Difference, # From `difference`
-)->str:           # better, worse or not decided
-    "Say what one difference allows, as good or bad"
-    if len(d.per_seed) < 2 or not decided(d): return 'not decided'
-    return 'better' if verdict(d) == METRICS[metric][1] else 'worse'
+)->str:           # better, worse, not decided or one seed
+    "Say what the seeds of one difference allow, as good or bad; uncorrected for how many differences are shown"
+    if len(d.per_seed) < 2: return 'one seed'
+    low, high = t_interval(d)
+    if low <= 0 <= high: return 'not decided'
+    return 'better' if ('lower' if high < 0 else 'higher') == METRICS[metric][1] else 'worse'
 
 # %% ../../nbs/study/05_plots.ipynb #c432f29d
 @dataclass
@@ -373,13 +375,18 @@ def forest_column(
 ):
     "Draw one metric of a forest plot"
     ax.axvline(0, color=DARK, lw=1)
-    ax.margins(x=.12)
+    shown = [line.found[metric] for line in lines if line.found.get(metric)]
+    ends = [0.] + [x for d in shown for x in (*d.per_seed, d.low, d.high)]  # the seeds of two runs say nothing: cut off
+    room = .12*(max(ends) - min(ends) or 1.)
+    ax.set_xlim(min(ends) - room, max(ends) + room)
     for y, line in enumerate(lines):
         d = line.found.get(metric)
         if d is None: continue
         colour = OUTCOME_COLOURS[outcome(metric, d)]
-        dot = dict(color=colour, mec=DARK, mew=.6) if len(d.per_seed) > 1 else dict(color='white', mec=colour, mew=1.6)
-        ax.plot([d.low, d.high], [y, y], color=colour, lw=3, solid_capstyle='round', zorder=3)
+        several = len(d.per_seed) > 1
+        dot = dict(color=colour, mec=DARK, mew=.6) if several else dict(color='white', mec=colour, mew=1.6)
+        ax.plot(t_interval(d) if several else [d.low, d.high], [y, y], color=colour, lw=3, solid_capstyle='round',
+                zorder=3)
         ax.plot(d.value, y, 'o', ms=7.5, zorder=4, **dot)
         ax.plot(d.per_seed, [y + .25]*len(d.per_seed), '|', color=DARK, ms=5, mew=1.1)
         ax.annotate(f'{d.value:+.2f}', (d.value, y), (0, 5), textcoords='offset points', ha='center', fontsize=SMALL,
