@@ -6,6 +6,7 @@ from facegen.study import experiments
 from facegen import plotting
 from facegen.study import runner
 from facegen.core import save_result
+from facegen.evaluation.paired_bootstrap import t_interval
 from facegen.synthetic.toyfaces import render_faces
 
 SCALE = 'smoke'
@@ -40,22 +41,25 @@ def test_a_difference_counts_only_seeds_that_both_have():
             comparisons.difference(frame([.3]), bad, 'miou')
 
 
-def test_silence_needs_overlap_and_disjoint_intervals_are_never_silent():
+def test_seeds_decide_between_trainings_and_faces_within_one():
     for gap in np.linspace(-.2, .2, 41):
-        a, b = frame([.5]), frame([.5 + gap])
-        word = comparisons.verdict(comparisons.difference(a, b, 'miou'))
-        if word.startswith('no difference'):
-            assert abs(gap) <= .06 + 1e-9  # the two intervals overlap
-        if abs(gap) > .06 + 1e-9:
+        one, three = (comparisons.difference(frame([.5]*n), frame([.5 + gap + e for e in (.01, -.01, 0.)[:n]]), 'miou')
+                      for n in (1, 3))
+        assert comparisons.verdict(one) == 'one seed decides nothing'
+        low, high = t_interval(three)
+        direction = 'higher' if low > 0 else 'lower' if high < 0 else 'not decided by 3 seeds'
+        assert comparisons.verdict(three) == direction
+        assert comparisons.decided(three) == (direction in ('higher', 'lower'))
+        word = comparisons.verdict_on_faces(one)
+        if abs(gap) > .06 + 1e-9:  # disjoint intervals are never silent
             assert word == ('higher' if gap > 0 else 'lower')
-    assert comparisons.verdict(comparisons.difference(frame([.5, .5], .01), frame([.9, .4], .01),
-                                                      'miou')) == 'the seeds disagree'
+        assert word.startswith('no difference that n = 256') == (one.low <= 0 <= one.high)
 
 
 def test_a_sentence_holds_both_values_and_the_verdict():
-    s = comparisons.sentence('mIoU', frame([.3]), frame([.6]), 'miou')
+    s = comparisons.sentence('mIoU', frame([.3, .3]), frame([.6, .6]), 'miou')
     assert s == 'mIoU 0.300 -> 0.600 (+0.300 [+0.258, +0.342], higher)'
-    assert 'no difference that n = 256 can show' in comparisons.sentence('mIoU', frame([.3]), frame([.31]), 'miou')
+    assert 'one seed decides nothing' in comparisons.sentence('mIoU', frame([.3]), frame([.6]), 'miou')
 
 
 def test_a_value_is_reproduced_within_what_one_more_seed_would_give():

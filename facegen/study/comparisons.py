@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REPRODUCED', 'per_sample_tables', 'bootstrap_digest', 'remembered_bootstrap', 'shared_seeds', 'unpaired',
-           'difference', 'verdict', 'decided', 'interval_text', 'paired_means', 'sentence', 'select_results',
-           'reproduced', 'whole', 'reproduction_table', 'seeds_text', 'network_name', 'faces_text', 'judges_text',
-           'setup_text']
+           'difference', 'verdict', 'verdict_on_faces', 'decided', 'interval_text', 'paired_means', 'sentence',
+           'select_results', 'reproduced', 'whole', 'reproduction_table', 'seeds_text', 'network_name', 'faces_text',
+           'judges_text', 'setup_text']
 
 # %% ../../nbs/study/03_comparisons.ipynb #2170a604
 import hashlib, inspect, json, re, sys
@@ -17,6 +17,7 @@ from scipy.stats import t as student
 
 from ..core import output_root, root, write_atomic
 from ..evaluation.paired_bootstrap import MEASURES, Difference, load_per_sample, paired_bootstrap, samples_path
+from ..evaluation.seeds import seed_test
 from .runner import results
 
 # %% ../../nbs/study/03_comparisons.ipynb #3d6909ef
@@ -108,11 +109,19 @@ def difference(
 
 # %% ../../nbs/study/03_comparisons.ipynb #3c18567f
 def verdict(
-    d:Difference, # From `difference`
-)->str:           # 'higher', 'lower', 'no difference that n = ... can show', or 'the seeds disagree'
-    "Say what a difference deserves"
+    d:Difference, # From `difference`, of two trainings
+)->str:           # 'higher', 'lower', 'not decided by ... seeds', or 'one seed decides nothing'
+    "Say what a difference between trainings deserves; uncorrected for how many are looked at"
+    t = seed_test(d)
+    if t.seeds < 2: return 'one seed decides nothing'
+    if t.low <= 0 <= t.high: return f'not decided by {t.seeds} seeds'
+    return 'higher' if d.value > 0 else 'lower'
+
+def verdict_on_faces(
+    d:Difference, # From `difference`, of two ways to sample from one network
+)->str:           # 'higher', 'lower', or 'no difference that n = ... can show'
+    "Say what a difference within one network deserves"
     if d.low <= 0 <= d.high: return f'no difference that n = {d.n} can show'
-    if min(d.per_seed)*max(d.per_seed) <= 0: return 'the seeds disagree'
     return 'higher' if d.value > 0 else 'lower'
 
 def decided(
