@@ -257,7 +257,7 @@ def test_mirroring_the_mask_mirrors_the_generated_face():
 
 def test_the_kept_network_draws_paint_where_it_was_painted():
     "The pose is that of the mask, a hat appears above, a strand of hair on its own side"
-    denoiser, to_faces = load_denoiser('latent-laptop-s0')
+    denoiser, to_faces = load_denoiser('longer-laptop-s0')
     assert not denoiser.training and denoiser.dtype == torch.float32
     crowd, sampler = render_faces(n=4, size=64, seed=3), make_sampler('dpm++', make_scheduler(prediction='flow'))
     def generate(mask):

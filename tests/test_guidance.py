@@ -165,7 +165,7 @@ def test_it_samples_like_the_denoiser_it_wraps(model, cond):
 
 def test_more_guidance_makes_faces_of_one_condition_alike_and_less_so_in_an_interval():
     "The kept network: standard deviation of each latent over sixteen noises"
-    kept, _ = load_denoiser('latent-laptop-s0')
+    kept, _ = load_denoiser('longer-laptop-s0')
     one, sampler = render_faces(n=1, size=64, seed=5), make_sampler('dpm++', make_scheduler(prediction='flow'))
     same = Cond(one.attrs.expand(16, -1), one.mask.expand(16, -1, -1))
     def diversity(scale, interval=(0, 1)):

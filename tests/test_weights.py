@@ -13,7 +13,7 @@ from facegen.models.latents import make_autoencoder
 from facegen.study import weights
 
 torch.set_num_threads(1)
-RUN, PIXELS, VAE, JUDGE = 'latent-laptop-s0', 'spatial-laptop-s0', 'autoencoder-laptop-s0', 'parser32-laptop-s0'
+RUN, PIXELS, VAE, JUDGE = 'longer-laptop-s0', 'pixels-laptop-s0', 'autoencoder-laptop-s0', 'parser32-laptop-s0'
 PARAMS = dict(faces='toy', n_faces=2000, trained_on=1200, size=32, steps=70, batch=9, seed=0, optimizer='muon')
 GUIDED = PARAMS | dict(sampler='dpm++', sampling_steps=10, attrs_scale=2., mask_scale=3., guidance_interval='0.2 0.8')
 RECORD = dict(metric='kid', value=.1234, low=.1111, high=.2222, n=77, chance=None, reference=.0321, upper=.0456,
@@ -102,7 +102,7 @@ def test_sampling_by_hand_is_what_the_pipeline_does(latent, home, monkeypatch):
 def test_a_network_that_is_too_large_is_refused_and_leaves_nothing(home, monkeypatch):
     finished(home)
     monkeypatch.setattr(weights, 'MOST', (3e6, 1e5))
-    with pytest.raises(ValueError, match=r'latent-laptop-s0/pipeline has [\d.]+ MB in half precision: '
+    with pytest.raises(ValueError, match=r'longer-laptop-s0/pipeline has [\d.]+ MB in half precision: '
                                          r'a denoiser in git may have 0.1'):
         weights.keep_weights(RUN)
     assert not (home/'data/weights'/RUN).exists()
@@ -116,7 +116,7 @@ def test_a_network_that_is_too_large_is_refused_and_leaves_nothing(home, monkeyp
 
 
 def test_without_a_network_or_a_result_nothing_is_kept(home):
-    with pytest.raises(FileNotFoundError, match='holds no saved network: run `facegen launch latent-laptop-s0` first'):
+    with pytest.raises(FileNotFoundError, match='holds no saved network: run `facegen launch longer-laptop-s0` first'):
         weights.keep_weights(RUN)
     finished(home)
     (home/'data/results'/f'{RUN}.json').unlink()

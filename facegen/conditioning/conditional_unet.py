@@ -246,7 +246,7 @@ def saved_autoencoder(
 
 # %% ../../nbs/conditioning/04_conditional_unet.ipynb #4f8944bd
 def load_denoiser(
-    where:str='latent-laptop-s0', # As for `saved_pipeline`
+    where:str='longer-laptop-s0', # As for `saved_pipeline`
 )->tuple:                         # (Denoiser in float32 and evaluation mode; what turns its x into faces in [-1,1])
     "Load a trained denoiser alone, for whoever samples by hand; raises FileNotFoundError"
     folder = saved_pipeline(where)

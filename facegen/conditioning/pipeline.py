@@ -248,7 +248,7 @@ class FacePipeline(DiffusionPipeline):
 
 # %% ../../nbs/conditioning/06_pipeline.ipynb #lp000001
 def load_pipeline(
-    where:str='latent-laptop-s0', # A run in data/weights or data/runs, or the folder of a saved pipeline
+    where:str='longer-laptop-s0', # A run in data/weights or data/runs, or the folder of a saved pipeline
 )->FacePipeline:                  # In float32 on the CPU; raises FileNotFoundError
     "Load a pipeline, and the autoencoder that it names where it does not hold one"
     folder, bars = saved_pipeline(where), is_progress_bar_enabled()

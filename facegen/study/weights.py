@@ -76,7 +76,8 @@ def model_card(
     p, notebook = result['params'], job(name)['notebook']
     def cell(v): return '' if v is None else f'{v:.3f}'
     def upper(r): return r['upper'] if r.get('recon') is None else r['recon']
-    rows = [r for r in result['metrics'] if r.get('headline')]
+    also = 'kid_32px', 'miou_per_image'
+    rows = [r for r in result['metrics'] if r.get('headline') or r['metric'] in also]
     lines = [f"| {r['metric'].replace('_', ' ')} | {cell(r['value'])} | {cell(r['low'])} to {cell(r['high'])} | "
              f"{cell(r['reference'])} | {cell(upper(r))} | {r['n']} |" for r in rows]
     faces = f"{p['trained_on']:,} " + ('rendered faces' if p['faces'].startswith('toy') else f"of {p['faces']}")
