@@ -1,4 +1,4 @@
-"""Claims name experiments that exist, a step is one change, a verdict says what its seeds allow, the page is results."""
+"""Claims name experiments that exist, a step is one change, a verdict says what its seeds allow."""
 import dataclasses
 
 import numpy as np, pandas as pd, pytest

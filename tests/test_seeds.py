@@ -1,4 +1,4 @@
-"""The paired t test is scipy's, Holm's correction is the closed test by Bonferroni, power is what made-up studies find."""
+"""The paired t test is scipy's, Holm's correction is the closed test by Bonferroni, power is what studies find."""
 from itertools import combinations
 
 import numpy as np, pytest

@@ -49,8 +49,11 @@ def load_samples(
     path = samples_picture(run)
     if not path.is_file():
         raise FileNotFoundError(f'the samples of {run} are not at {path}: `facegen launch {run}` makes them')
-    with Image.open(path, formats=['WEBP']) as picture:
-        px = torch.from_numpy(np.array(picture.convert('RGB')))  # (rows*size, columns*size, 3)
+    try:
+        picture = Image.open(path, formats=['WEBP']).convert('RGB')
+    except OSError as e:
+        raise ValueError(f'{path} is not a whole WebP picture ({e}): `facegen launch {run}` makes it again') from None
+    px = torch.from_numpy(np.array(picture))  # (rows*size, columns*size, 3)
     h, w, _ = px.shape
     if h % size or w % size:
         raise ValueError(f'{path} is {w}x{h} px and cannot be cut into faces of {size} px')

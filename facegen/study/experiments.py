@@ -190,7 +190,7 @@ OTHER_RECIPES = {  # what differs from `spatial+guided` or from `published`
     'pixels':           dict(CHAIN['spatial+guided'], autoencoder='')}
 SAMPLING_STEPS = {f'steps-{n}': dict(CHAIN['spatial+guided'], sampling_steps=n) for n in (5, 20, 50, 200)}
 CONDITIONAL = CHAIN | CONTROLS | OTHER_RECIPES | SAMPLING_STEPS
-SAMPLED_FROM = {name: 'spatial+dropout' for name in ('spatial+guided', *SAMPLING_STEPS)}  # train nothing, take its network
+SAMPLED_FROM = {name: 'spatial+dropout' for name in ('spatial+guided', *SAMPLING_STEPS)}  # trained by
 REAL_CONDITIONAL = {
     'attrs-celeba64':          dict(conditioning='attrs'),
     'published-celeba64':      dict(conditioning='published'),
@@ -335,8 +335,8 @@ PAPER = {
     '31_autoencoder': dict(n_faces=30000, size=256, n_test=1000, widths='128 256 512', channels=3, codes=8192, layers=2,
                            steps=100000, batch=16, lr=1e-4, warmup=500, precision='bf16'),
     '32_unconditional': dict(n_faces=45000, size=128, steps=100000, batch=16, lr=8e-5, warmup=500, ema=.9999,
-                             precision='fp16', autoencoder='', **EPSILON_ADAMW, decay='cosine', n_milestones=5, samples=2700,
-                             sampler='ddpm', sampling_steps=1000),
+                             precision='fp16', autoencoder='', **EPSILON_ADAMW, decay='cosine', n_milestones=5,
+                             samples=2700, sampler='ddpm', sampling_steps=1000),
     '33_samplers': dict(n_faces=45000, size=128, samples=2700, settings=PAPER_SAMPLERS, autoencoder=''),
     '34_conditional': dict(n_faces=45000, size=256, network='lc_unet_3_vqvae', autoencoder='CompVis/ldm-celebahq-256',
                            subfolder='vqvae', segformer='nvidia/segformer-b0-finetuned-ade-512-512',
@@ -482,7 +482,8 @@ FIGURES = {  # notebook -> name of its figure
     '52_training_details': 'which-detail-of-the-training-matters',
     '53_demo':             'what-does-a-condition-bring',
     '54_recipe':           'which-recipe',
-    '55_faces':            'what-did-the-recipe-do'}
+    '55_faces':            'what-did-the-recipe-do',
+    '56_replication':      'what-do-the-defects-cost'}
 DEMO_FIGURE = '53_demo'
 FIGURE_NEEDS = {  # notebook -> experiments without whose results there is no figure
     '40_ema':              ['unet'],
@@ -500,7 +501,8 @@ FIGURE_NEEDS = {  # notebook -> experiments without whose results there is no fi
     '52_training_details': ['unet-few', 'unet-few-cosine'],
     '53_demo':             DEMO,
     '54_recipe':           ['recipe', 'recipe-former'],
-    '55_faces':            ['former-recipe', 'spatial+guided']}
+    '55_faces':            ['former-recipe', 'spatial+guided'],
+    '56_replication':      ['published', 'published-blank']}
 
 # %% ../../nbs/study/00_experiments.ipynb #5be8fbe3
 def check_scale(

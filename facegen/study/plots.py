@@ -27,7 +27,7 @@ from matplotlib.transforms import ScaledTranslation
 from ..data.faces import mirror_mask
 from ..evaluation.paired_bootstrap import Difference, t_interval
 from ..plotting import COLOURS, PART_COLOURS, load_gallery, save_figure, tile
-from .comparisons import decided, interval_text, network_name, verdict
+from .comparisons import decided, interval_text, network_name
 from .runner import figure_name
 
 # %% ../../nbs/study/05_plots.ipynb #f7b9be7b
@@ -47,7 +47,8 @@ NAMES = {  # experiment -> what a newcomer should read
     'zero-shot': 'base model, prompts', 'zero-shot-uncond': 'base model, empty prompt',
     'full': 'full fine-tuning, prompts', 'lora': 'LoRA, prompts', 'lora-uncond': 'LoRA, empty prompt',
     'lora-silent': 'LoRA on empty, then prompts', 'lora-absent': 'LoRA, absent attributes named too',
-    'unet-few-pixels': 'in pixels', 'unet-few-cosine': 'cosine learning rate decay', 'unet-few-no-flip': 'no horizontal flip',
+    'unet-few-pixels': 'in pixels', 'unet-few-cosine': 'cosine learning rate decay',
+    'unet-few-no-flip': 'no horizontal flip',
     'unet-few-jitter': 'colour jitter', 'unet-few-elastic': 'elastic deformation',
     'unet-few-T2000': '2000 noise levels', 'unet-few-epsilon': 'epsilon prediction',
     'unet-few-zero-snr': 'v-prediction, zero terminal SNR', 'unet-few-min-snr': 'min-SNR loss weight',
@@ -65,7 +66,10 @@ def experiment_name(
 # %% ../../nbs/study/05_plots.ipynb #bd49f7c4
 METRICS = {  # metric -> its name, and which direction is better
     'kid': ('KID', 'lower'), 'frechet': ('Frechet distance', 'lower'),
-    'kid_32px': ('KID, 32 px', 'lower'), 'high_frequency': ('high-frequency energy, real is 1', 'higher'), 'kid_outside': ('KID, outside network', 'lower'),
+    'kid_32px': ('KID, 32 px', 'lower'), 'frechet_32px': ('Frechet distance, 32 px', 'lower'),
+    'frechet_outside': ('Frechet distance, outside network', 'lower'),
+    'high_frequency': ('high-frequency energy, real is 1', 'higher'),
+    'kid_outside': ('KID, outside network', 'lower'),
     'balanced_accuracy': ('attribute balanced accuracy', 'higher'),
     'balanced_accuracy_hidden': ('balanced accuracy, attributes no mask shows', 'higher'),
     'average_precision': ('attribute average precision', 'higher'),
