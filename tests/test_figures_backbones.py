@@ -83,8 +83,8 @@ def test_backbones_answers_both_equalities_and_is_the_same_bytes_again(home):
         for row, steps, compute in (('unet-few', 2., 2.), ('dit-s-few', 2.5, 1.), ('dit-l-few', 1., 3.)):
             trained(row, steps + .02*s, compute + .02*s, s)
     a, text, spill = drawn('44_backbones', home)
-    assert ('Against the UNet: After equal steps, DiT-Small: worse; DiT-Large: better. '
-            'After equal compute, DiT-Small: better; DiT-Large: worse.') in text and not spill
+    assert ('After equal steps, against the UNet: DiT-Small: worse; DiT-Large: better. '
+            'After equal compute, against the UNet: DiT-Small: better; DiT-Large: worse.') in text and not spill
     assert ('At equal steps (20): DiT-Small against UNet +0.50 [+0.36, +0.64] and +0.50 [+0.36, +0.64]: worse; '
             'DiT-Large against UNet -1.00 [-1.14, -0.86] and -1.00 [-1.14, -0.86]: better; ') in text
     assert 'At equal compute (20 TFLOPs): DiT-Small against UNet -1.00' in text
@@ -98,18 +98,18 @@ def test_backbones_answers_both_equalities_and_is_the_same_bytes_again(home):
 def test_backbones_says_nothing_of_one_seed_and_names_the_network_that_sees_alone(home):
     for row, v in (('unet-few', 2.), ('dit-s-few', 3.), ('dit-l-few', 1.)):
         trained(row, v, v)
-    assert 'After equal steps, DiT-Small and DiT-Large: one seed decides nothing.' in drawn('44_backbones', home)[1]
+    assert 'After equal steps, against the UNet: DiT-Small and DiT-Large: one seed decides nothing.' in drawn('44_backbones', home)[1]
     for s in (0, 1, 2):
         trained('unet-few', 2. + .01*s, 2., s)
         trained('dit-s-few', 1. + .02*s, 2., s, outside=2.)
         trained('dit-l-few', 1. + .02*s, 2., s, outside=1. + .2*(s - 1))
     text = drawn('44_backbones', home)[1]
-    assert 'After equal steps, DiT-Small: the networks disagree; DiT-Large: better in one network.' in text
+    assert 'against the UNet: DiT-Small: the distances disagree; DiT-Large: better by one distance of two.' in text
     for row in NETS:  # without the outside network there is no answer about quality
         for s in (0, 1, 2):
             file = home/'data'/'results'/f'_{row}-few-smoke-s{s}.json'
             file.write_text(file.read_text().replace('kid_outside', 'unseen'))
-    assert 'DiT-Small and DiT-Large: better in the only network' in drawn('44_backbones', home)[1]
+    assert 'DiT-Small and DiT-Large: better by the only distance' in drawn('44_backbones', home)[1]
 
 
 def test_backbones_keeps_the_unets_in_pixels_apart(home):
@@ -149,3 +149,41 @@ def test_backbones_leaves_out_what_was_trained_otherwise_and_names_it(home):
                                                             recon=None, network='a')])  # an old file
     with pytest.raises(ValueError, match='share no seed'):
         drawn('44_backbones', home)
+
+
+def test_data_says_whether_large_gains_more(home):
+    with pytest.raises(ValueError, match="no results of experiment 'dit-s' at scale 'smoke': run `make study"):
+        drawn('45_data', home)
+    ends = (('dit-s', 2., 1.), ('dit-s-few', 2., 3.), ('dit-l', 1., 2.), ('dit-l-few', 3., 2.))
+    for s in (0, 1, 2):  # Large gains 2, Small nothing after equal steps; after equal compute it is the other way about
+        for row, steps, compute in ends:
+            luck = .03*((2*s + (row == 'dit-l')*s + 3*('few' in row)*s) % 3)
+            trained(row, steps + luck, compute + luck, s)
+    a, text, spill = drawn('45_data', home)
+    assert ('With 270 faces instead of 27: at equal steps, DiT-Small: not decided by 3 seeds; DiT-Large: better. '
+            'at equal compute, DiT-Small: better; DiT-Large: not decided by 3 seeds.') in text and not spill
+    assert 'At equal steps (20), KID, 32 px: Large gains more than Small (+2.0' in text
+    assert 'At equal compute (20 TFLOPs), KID, outside network: Small gains more than Large (-1.9' in text
+    assert 'Small with more data: at equal steps not decided by 3 seeds; at equal compute better.' in text
+    assert drawn('45_data', home)[0] == a and 20_000 < len(a) < 500_000
+    assert runner.plot_figure('45_data', SCALE).read_bytes() == a
+
+
+def test_data_shows_the_unet_where_it_ran_on_both_and_says_where_there_is_no_budget(home):
+    for row in ('dit-s', 'dit-s-few', 'dit-l', 'dit-l-few', 'unet'):
+        trained(row, 2., budget=0.)
+    a, text, spill = drawn('45_data', home)
+    assert "no milestone of equal compute: scale 'smoke' has no budget" in text and 'UNet' not in text and not spill
+    assert 'DiT-Small and DiT-Large: one seed decides nothing.' in text
+    trained('unet-few', 3., budget=0., seed=4)  # shares no seed
+    assert drawn('45_data', home)[0] == a
+    trained('unet-few', 3., budget=0.)
+    b, text, spill = drawn('45_data', home)
+    assert 'UNet, DiT-Small and DiT-Large: one seed decides nothing' in text and a != b and not spill
+
+
+def test_data_refuses_trainings_that_share_no_seed(home):
+    for row, s in (('dit-s', 0), ('dit-s-few', 0), ('dit-l', 1), ('dit-l-few', 1)):
+        trained(row, 2., 2., s)
+    with pytest.raises(ValueError, match='share no seed'):
+        drawn('45_data', home)

@@ -149,9 +149,9 @@ def quality_word(
     words = [better_or_worse(d) for d in found.values()]
     said = [word for word in dict.fromkeys(words) if word in ('better', 'worse')]
     if not said: return words[0]
-    if len(said) == 2: return 'the networks disagree'
+    if len(said) == 2: return 'the distances disagree'
     if len(words) > 1 and len(set(words)) == 1: return said[0]
-    return f'{said[0]} in {"the only" if len(words) == 1 else "one"} network'
+    return f'{said[0]} by {"the only distance" if len(words) == 1 else "one distance of two"}'
 
 def difference_text(
     a:pd.DataFrame,    # Records of the first experiment at one milestone
