@@ -1,4 +1,4 @@
-"""Backbones, data and details: the words follow from made-up results, and what cannot be compared is left out and named."""
+"""Backbones, data and details: words follow from made-up results; what cannot be compared is left out and named."""
 import pytest
 from conftest import run_cells
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -98,7 +98,8 @@ def test_backbones_answers_both_equalities_and_is_the_same_bytes_again(home):
 def test_backbones_says_nothing_of_one_seed_and_names_the_network_that_sees_alone(home):
     for row, v in (('unet-few', 2.), ('dit-s-few', 3.), ('dit-l-few', 1.)):
         trained(row, v, v)
-    assert 'After equal steps, against the UNet: DiT-Small and DiT-Large: one seed decides nothing.' in drawn('44_backbones', home)[1]
+    text = drawn('44_backbones', home)[1]
+    assert 'After equal steps, against the UNet: DiT-Small and DiT-Large: one seed decides nothing.' in text
     for s in (0, 1, 2):
         trained('unet-few', 2. + .01*s, 2., s)
         trained('dit-s-few', 1. + .02*s, 2., s, outside=2.)
@@ -160,8 +161,9 @@ def test_data_says_whether_large_gains_more(home):
             luck = .03*((2*s + (row == 'dit-l')*s + 3*('few' in row)*s) % 3)
             trained(row, steps + luck, compute + luck, s)
     a, text, spill = drawn('45_data', home)
-    assert ('With 270 faces instead of 27: at equal steps, DiT-Small: not decided by 3 seeds; DiT-Large: better. '
-            'at equal compute, DiT-Small: better; DiT-Large: not decided by 3 seeds.') in text and not spill
+    assert ('At equal steps, 270 faces instead of 27: DiT-Small: not decided by 3 seeds; DiT-Large: better. '
+            'At equal compute, 270 faces instead of 27: DiT-Small: better; DiT-Large: not decided by 3 seeds.') in text
+    assert not spill
     assert 'At equal steps (20), KID, 32 px: Large gains more than Small (+2.0' in text
     assert 'At equal compute (20 TFLOPs), KID, outside network: Small gains more than Large (-1.9' in text
     assert 'Small with more data: at equal steps not decided by 3 seeds; at equal compute better.' in text
@@ -187,3 +189,28 @@ def test_data_refuses_trainings_that_share_no_seed(home):
         trained(row, 2., 2., s)
     with pytest.raises(ValueError, match='share no seed'):
         drawn('45_data', home)
+
+
+def test_details_reads_what_differs_from_the_results_and_says_which_move(home):
+    with pytest.raises(ValueError, match="no results of experiment 'unet-few-pixels' at scale 'smoke': run `make stu"):
+        drawn('52_training_details', home)
+    former = dict(experiments.X0_ADAMW)
+    for row, v in (('unet-few-pixels', 2.), ('unet-few-flow', 1.), ('unet-few-lr-low', 4.), ('unet-few-no-flip', 2.02),
+                   ('unet-few-epsilon', 7.), ('unet-few-lr-lowest', 8.), ('unet-few', 6.), ('r0-few', 2.),
+                   ('r6-few', 1.)):
+        trained(row, v, v, **former | experiments.CHANGES.get(row.removeprefix('unet-few-'), {}))
+    a, text, spill = drawn('52_training_details', home)
+    assert not spill and drawn('52_training_details', home)[0] == a
+    assert 'With another recipe than the rest of the study, so it decides nothing' in text
+    assert 'the former recipe (x0 prediction, uniform times, AdamW)' in text
+    assert '4 of 4 changes have one training each.' in text and 'None is told apart by its seeds.' in text
+    names = run_cells('52_training_details', scale=SCALE)[1]
+    steps = {l.head: l.step for l in names['lines']}
+    assert list(steps)[:4] == ['UNet in pixels', 'rectified flow', 'no horizontal flip', 'learning rate x 1/8']
+    assert not {'epsilon prediction', 'learning rate x 1/80'} & set(steps)  # what says nothing is not drawn
+    assert steps['no horizontal flip'] == 'flip off' and steps['learning rate x 1/8'] == 'lr 0.001 -> 0.000125'
+    assert steps['rectified flow'] == 'prediction sample -> flow'
+    for row, v in (('unet-few-pixels', 2.), ('unet-few-flow', 2.), ('r0-few', 2.1), ('r6-few', 1.12)):
+        trained(row, v, v, seed=1, **former | experiments.CHANGES.get(row.removeprefix('unet-few-'), {}))
+    text = drawn('52_training_details', home)[1]  # the flow's seeds disagree
+    assert 'By seeds: UNet r6: better.' in text and '2 of 4 changes have one training each.' in text

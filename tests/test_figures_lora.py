@@ -90,17 +90,25 @@ def test_rank_names_the_lowest_rank_that_is_enough(home):
     arms()
     with pytest.raises(ValueError, match="no results of experiment 'lora-r1' or"):
         drawn('48_lora_rank', home)
-    for row, k in (('lora-r1', 1.5), ('lora-r2', .55), ('lora-r16', .5), ('lora-x1', .9), ('lora-x6', .7)):
+    def swept(row, kids):
+        for seed, kid in enumerate(kids):
+            made_up(row, kid, seed=seed)
+    rows = {'lora-r1': 1.5, 'lora-r2': .55, 'lora-r16': .5, 'lora-x1': .9, 'lora-x6': .7}
+    for row, k in rows.items():
         made_up(row, k)
+    assert drawn('48_lora_rank', home)[1].startswith('One seed a rank decides nothing. KID by rank: 1: 1.50, 2: 0.55')
+    for row, k in rows.items():
+        swept(row, (k, k))
+    swept('lora-r2', (.65, .45))
     a, text = drawn('48_lora_rank', home)
     assert text.startswith('Rank 2 is enough: 0.8 % of the denoiser')
     assert 'Even rank 1 (0.4 % of the denoiser) goes from 4.00 to 1.50' in text
     assert '84 % of the variance lies in the first 4 directions' in text
     assert drawn('48_lora_rank', home)[0] == a
-    made_up('lora-r1', .5)
+    swept('lora-r1', (.6, .4))
     assert drawn('48_lora_rank', home)[1].startswith('Rank 1 is enough')
     for row in ('lora-r1', 'lora-r2'):
-        made_up(row, 1.5)
+        swept(row, (1.5, 1.5))
     assert drawn('48_lora_rank', home)[1].startswith('A lower rank than 4 costs: rank 4 -> 2, KID +1.00')
 
 

@@ -9,6 +9,7 @@ from facegen.synthetic.toyfaces import render_faces
 
 SCALE = 'smoke'
 FACES = render_faces(n=24, size=32, seed=1).image
+NETWORKS = dict(kid='_classifier-smoke-s0', kid_32px='_classifier32-smoke-s0', kid_outside='efficientnet-lite0')
 
 
 @pytest.fixture
@@ -18,45 +19,44 @@ def home(tmp_path, monkeypatch):
     return tmp_path.resolve()
 
 
-def distances(kid, half=.05, **tags):
-    "Both distances; the Frechet distance follows KID"
-    def record(metric, times, reference):
-        return dict(metric=metric, value=times*kid, low=times*(kid - half), high=times*(kid + half), n=400, n_real=400,
-                    chance=None, upper=None, reference=reference, reference_low=reference - .1,
-                    reference_high=reference + .1, recon=None,
-                    network='a classifier', **tags)
-    return [record('kid', 1, 0.), record('frechet', 20, 5.)]
+def record(metric, value, half=.05, reference=0., **tags):
+    marks = dict(reference=reference, reference_low=reference - .1, reference_high=reference + .1, recon=None)
+    return dict(metric=metric, value=value, low=value - half, high=value + half, n=400, n_real=400, chance=None,
+                upper=None, network=NETWORKS.get(metric), **marks, **tags)
 
 
-def trained(row, values, seed=0, gallery=True, **params):
-    "The result of a training; `values` is step -> (raw, EMA)"
+def trained(row, values, seed=0, eyes=('kid_32px', 'kid_outside'), **params):
+    "The result of a training; `values` is step -> (raw, EMA), through `eyes`; what is left of them sees the EMA alone"
     name = experiments.run_name(row, SCALE, seed)
     job = experiments.job(name)
-    made_up = dict(trained_on=27 if '-few' in row else 270, parameters=2e6, milestones=list(values),
-                   n_milestones=1 if 'cosine' in row else 2)
+    made_up = dict(trained_on=27 if '-few' in row else 270, parameters=2e6, milestones=list(values), n_milestones=2)
     params = experiments.default_params(job['notebook']) | job['params'] | made_up | params
     records = []
     for step, both in values.items():
         for weights, kid in zip(('raw', 'ema'), both):
-            records += distances(kid, step=step, weights=weights)
+            seen = NETWORKS if weights == 'ema' else ('kid', *eyes)
+            records += [record(m, kid + (m == 'kid'), step=step, weights=weights) for m in seen]
     save_result(name, params, records)
     even = [k for k in values if not k*params['n_milestones'] % params['steps']]
-    if gallery:
-        plotting.save_gallery(FACES[:8*len(even)], f'{name}-steps', ncol=4*len(even))
+    plotting.save_gallery(FACES[:4*len(even)], f'{name}-steps', ncol=2*len(even))
 
 
-def sampled(kids, chosen, good, seconds=.01):
-    "The result of the samplers; `kids` in the order of the settings"
+def sampled(kids, outside=(), detail=(), seconds=.01):
+    "The result of the samplers; values in the order of the settings"
     name = experiments.run_name('samplers', SCALE, 0)
-    made_up = dict(T=1000, prediction='sample', chosen=list(chosen))
-    params = experiments.default_params('33_samplers') | experiments.job(name)['params'] | made_up
+    params = experiments.default_params('33_samplers') | experiments.job(name)['params']
+    params |= dict(T=1000, prediction='flow')
     settings = [(s.split()[0], int(s.split()[1])) for s in params['settings'].split(',')]
-    assert len(settings) == len(kids)
+    assert settings == [('euler', 10), ('euler', 5), ('dpm++', 2), ('dpm++', 5)] and len(settings) == len(kids)
     records = []
-    for (s, k), kid in zip(settings, kids):
+    for i, (s, k) in enumerate(settings):
         plotting.save_gallery(FACES[:8], f'{name}-{s}-{k}')
-        tags = dict(sampler=s, sampling_steps=k, seconds_a_face=k*seconds, good=f'{s} {k}' in good)
-        records += distances(kid, **tags)
+        tags = dict(sampler=s, sampling_steps=k, seconds_a_face=k*seconds)
+        records += [record('kid', 9., **tags), record('kid_32px', kids[i], **tags)]
+        if outside:
+            records += [record('kid_outside', outside[i], **tags)]
+        if detail:
+            records += [record('high_frequency', detail[i], .02, 1., **tags)]
     save_result(name, params, records)
 
 
@@ -74,54 +74,43 @@ def test_ema_needs_its_first_row_only_and_is_the_same_bytes_again(home):
     with pytest.raises(ValueError, match="no results of experiment 'unet'"):
         drawn('40_ema', home)
     only, text, names = drawn('40_ema', home, rows='dit-s unet')
-    assert names['shown'] == ['dit-s'] and 'after 43 steps: DiT-Small 0.90 raw -> 0.40 EMA (gain +0.50' in text
+    assert names['shown'] == ['dit-s'] and 'after 43 steps: DiT-Small: one seed decides nothing.' in text
     trained('unet', {10: (2., 2.1), 20: (1., .7)})
     a, text, names = drawn('40_ema', home)
     assert a != only and len(a) > 20_000 and drawn('40_ema', home)[0] == a
-    assert 'after 20 steps: UNet 1.00 raw -> 0.70' in text
-    assert 'DiT-Small 1.00 raw -> 0.50' in text  # the last step of both
-    assert 'What is left of the gain when the learning rate decays is not measured here' in text
-    assert 'only the sign can be compared. Here: UNet and DiT-Small: a gain' in text
+    assert 'after 20 steps: UNet and DiT-Small: one seed decides nothing.' in text  # the last step of both
+    assert 'UNet, EMA minus raw: -0.30 [-0.37, -0.23] and -0.30 [-0.37, -0.23]: one seed' in text
+    assert 'only the sign can be compared.' in text and runner.plot_figure('40_ema', SCALE).read_bytes() == a
 
 
-@pytest.mark.parametrize('ends, word, each', [([(1., .7), (1., .8)], 'a gain', '2 x a gain'),
-                                              ([(.7, 1.), (.8, 1.)], 'a loss', '2 x a loss'),
-                                              ([(1., .99), (1., 1.)], 'no difference that n = 400 can show',
-                                               '2 x no difference'), ([(1., .2), (1., 1.2)], 'the seeds disagree',
-                                                                      '1 x a gain, 1 x a loss')])
-def test_ema_says_gain_loss_nothing_or_disagreement(home, ends, word, each):
-    "The words follow from the intervals, for all seeds and for each"
+@pytest.mark.parametrize('ends, word', [([(1., .7), (1., .71), (1.1, .8)], 'better'),
+                                        ([(.7, 1.), (.8, 1.11), (.7, 1.)], 'worse'),
+                                        ([(1., .99), (1., 1.01), (1., 1.)], 'not decided by 3 seeds'),
+                                        ([(1., .2), (1., 1.2), (1., .9)], 'not decided by 3 seeds')])
+def test_ema_is_decided_by_its_seeds(home, ends, word):
     for s, e in enumerate(ends):
         trained('unet', {10: (2., 2.), 20: e}, s)
     _, text, names = drawn('40_ema', home)
-    d = names['gain']('unet', 'kid', 20)
-    assert f']: {word}; by seed {each})' in text and f'Here: UNet: {word}.' in text
-    assert abs(d.value - sum(a - b for a, b in ends)/2) < 1e-9 and d.low < d.value < d.high
+    d = names['found']['unet']['kid_32px']
+    assert f'after 20 steps: UNet: {word}.' in text and 'nothing is said about quality' not in text
+    assert abs(d.value - sum(b - a for a, b in ends)/3) < 1e-9 and d.low < d.value < d.high
 
 
-def test_ema_leaves_out_a_seed_that_was_trained_otherwise_and_says_so(home):
+def test_ema_makes_no_claim_where_one_network_saw_the_raw_weights(home):
+    for s in range(3):
+        trained('unet', {10: (2., 2.), 20: (1., .7 + .01*s)}, s, eyes=())
+    _, text, names = drawn('40_ema', home)
+    assert names['metrics'] == ['kid'] and 'UNet: better by the only distance.' in text
+    assert 'One network looked at the raw weights, so nothing is said about quality.' in text
+
+
+def test_ema_leaves_out_what_was_trained_otherwise_or_in_another_space_and_says_so(home):
     trained('unet', {10: (2., 2.), 20: (1., .7)})
     trained('unet', {10: (2., 2.), 20: (5., 1.)}, 1, trained_on=12000)
+    trained('unet-few', {10: (2., 2.), 20: (1., .7)}, autoencoder='')
     _, text, names = drawn('40_ema', home)
-    assert 'left out, since not trained as the first seed of their experiment: _unet-smoke-s1' in text
-    assert '1.00 raw -> 0.70 EMA' in text and '; seed 0, one' in names['caption'][0]
-
-
-def test_ema_compares_a_constant_rate_with_a_falling_one(home):
-    trained('unet', {10: (2., 2.), 20: (1., .7)})
-    trained('unet-few', {10: (2., 2.), 20: (1.5, 1.)}, trained_on=27)
-    assert 'is not measured here' in drawn('40_ema', home)[1]
-    trained('unet-few-cosine', {20: (.9, .9)})
-    a, text, names = drawn('40_ema', home)
-    assert '27 faces, 1 seed: KID 1.50 -> 1.00 at a constant learning rate, 0.90 -> 0.90 with cosine decay' in text
-    assert 'decay leaves less to gain (gain 0.50 smaller' in text
-    assert names['lines'] == ['unet', 'unet-few', 'unet-few-cosine'] and 'not measured' not in text
-    trained('unet-few-cosine', {20: (.9, .35)})
-    assert 'whether decay leaves less to gain cannot be told' in drawn('40_ema', home)[1]
-    trained('unet-few-cosine', {20: (1.9, .7)})
-    assert 'decay leaves more to gain' in drawn('40_ema', home)[1]
-    trained('unet-few', {10: (2., 2.), 20: (1.5, 1.)}, decay='cosine')
-    assert 'is not measured here' in drawn('40_ema', home)[1]  # both fall: nothing to compare
+    assert 'not in one space with the others: _unet-few-smoke-s0 _unet-smoke-s1' in text
+    assert names['shown'] == ['unet'] and 'the same noise; seed 0.' in names['caption'][0]
 
 
 def test_ema_refuses_rows_without_a_common_moment(home):
@@ -131,60 +120,39 @@ def test_ema_refuses_rows_without_a_common_moment(home):
         drawn('40_ema', home)
 
 
-def test_steps_says_what_is_cheapest_and_what_the_study_uses(home):
+def test_steps_says_which_settings_are_within_chance_of_the_reference_by_every_measure(home):
     with pytest.raises(ValueError, match="no results of experiment 'samplers' at scale 'smoke': run `make study"):
         drawn('46_sampling_steps', home)
-    sampled([1., 1.3, 9., 1.02, 1.01], ('dpm++', 5), ['ddpm 10', 'dpm++ 5', 'unipc 5'])
+    sampled([1., 1.3, 9., 1.02], [2., 2.4, 9., 2.03], [.9, .5, .1, .91])
+    a, text, names = drawn('46_sampling_steps', home, few=5)
+    assert ('Against Euler 10: Euler 5: 32 px KID and outside KID higher, fine detail lower; '
+            'DPM-Solver++ 5: within chance by 32 px KID, outside KID and fine detail.') in text
+    assert 'Fewest steps that stay within chance: Euler 10, DPM-Solver++ 5.' in text
+    assert ('DPM-Solver++ 5 minus Euler 10: 32 px KID +0.02 [-0.05, +0.09]; outside KID +0.03 [-0.04, +0.10]; '
+            'fine detail +0.01 [-0.02, +0.04].') in text
+    assert 'Above the edge: 32 px KID: DPM-Solver++ 2 at 9' in text and '; outside KID: DPM-Solver++ 2 at 9.' in text
+    assert 'unconditional experiments with DPM-Solver++ 5: within chance' in text
+    assert 'Seconds a face: Euler 10 0.1, Euler 5 0.05, DPM-Solver++ 5 0.05.' in text
+    assert drawn('46_sampling_steps', home, few=5)[0] == a and len(a) > 20_000
+
+
+def test_steps_lets_any_single_measure_object(home):
+    "A distance that is level does not hide fine detail that is lost"
+    sampled([1., 1., 1., 1.], [2., 2., 2., 2.], [.9, .7, .5, .9])
+    text = drawn('46_sampling_steps', home, few=5)[1]
+    assert 'Euler 5: fine detail lower; DPM-Solver++ 5: within chance by 32 px KID, outside KID' in text
+    sampled([1., 1., .5, 1.], [2., 2., 2., 1.], [.9, .9, .9, .9])
+    text = drawn('46_sampling_steps', home, few=5)[1]
+    assert 'KID and fine detail; DPM-Solver++ 5: outside KID lower.' in text
+    assert 'Fewest steps that stay within chance: Euler 5, DPM-Solver++ more than 5.' in text
+
+
+def test_steps_works_with_one_measure_and_says_what_was_not_measured(home, monkeypatch):
+    sampled([1., 1., 1.5, 1.])
     a, text, names = drawn('46_sampling_steps', home)
-    assert 'DPM-Solver++ 5 is the cheapest that is good enough: KID 1.02 [0.97, 1.07] against 1.00' in text
-    assert '1.00 [0.95, 1.05] of DDPM 10' in text
-    assert '2.0 times fewer passes' in text and '2.0 times fewer seconds (0.05 s a face instead of 0.1 s)' in text
-    assert 'unconditional experiments with DPM-Solver++ 5, which is the chosen one' in text
-    assert 'DDIM more than 5' in text and 'UniPC 5' in text
-    assert 'Frechet distance 20.4 against 20.0 [19.0, 21.0]: it agrees' in text
-    assert '0 of them differ from the chosen one' in text
-    assert names['above'] == ['DPM-Solver++ 2 at 9']  # far off, said in words
-    assert list(names['strips']) == [('ddpm', 10), ('dpm++', 5), ('dpm++', 2)]  # the same sampler with too few
-    assert drawn('46_sampling_steps', home)[0] == a and len(a) > 20_000
+    assert names['measures'] == ['kid_32px'] and '5: within chance by 32 px KID;' in text
+    assert '20 steps were not measured here.' in text
+    assert 'Fewest steps that stay within chance: Euler 5, DPM-Solver++ 5.' in text
     assert runner.plot_figure('46_sampling_steps', SCALE).read_bytes() == a
-
-
-def test_steps_says_plainly_when_the_study_uses_another_setting(home, monkeypatch):
-    sampled([1., 1.3, 1.6, 1.04, 1.], ('unipc', 5), ['ddpm 10', 'dpm++ 5', 'unipc 5'])
-    _, text, names = drawn('46_sampling_steps', home)
-    assert 'DPM-Solver++ 5, which is not the chosen one: it is good enough, with as many passes' in text
-    assert names['strips'][('dpm++', 5)] == 'the study'
-    sampled([1., 1.3, 1.04, 1.6, 1.6], ('dpm++', 2), ['ddpm 10', 'dpm++ 2'])
-    _, text, names = drawn('46_sampling_steps', home)
-    assert 'not the chosen one: it is not good enough by this measure, with 2.5 times as many passes' in text
-    assert 'better than the baseline' not in text
     monkeypatch.setitem(experiments.SCALES[SCALE], '32_unconditional', dict(sampling_steps=7))
-    assert 'DPM-Solver++ 7, which was not measured here' in drawn('46_sampling_steps', home)[1]
-
-
-def test_steps_can_find_nothing_cheaper_or_everything_good(home):
-    sampled([1., 3., 9., 2., 2.], ('ddpm', 10), ['ddpm 10'])
-    _, text, names = drawn('46_sampling_steps', home)
-    assert text.count('Nothing cheaper than DDPM 10 is good enough: KID 1.00 [0.95, 1.05]')
-    assert 'times fewer' not in text and 'minus' not in text
-    sampled([1., 1., 1., 1., 1.], ('dpm++', 2), ['ddpm 10', 'ddim 5', 'dpm++ 2', 'dpm++ 5', 'unipc 5'])
-    _, text, names = drawn('46_sampling_steps', home)
-    assert 'too few steps' not in names['strips'].values() and '5.0 times fewer passes' in text
-    assert 'at this n it may be worse by up to 0.07' in text
-
-
-def test_steps_says_when_the_reference_is_not_the_best(home):
-    "Then everything is good enough, and the rule is applied once more against the nearest setting"
-    every = ['ddpm 10', 'ddim 5', 'dpm++ 2', 'dpm++ 5', 'unipc 5']
-    sampled([2., 1.2, 1.5, 1.02, 1.], ('dpm++', 2), every)
-    _, text, names = drawn('46_sampling_steps', home)
-    assert 'But 4 of 4 other settings are better than the baseline.' in text
-    assert 'minus DDPM 10: -0.500 [-0.571, -0.429], lower; it is not worse' in text
-    assert 'Held against the best, UniPC 5 (1.00 [0.95, 1.05]), UniPC 5 is the cheapest that is good enough.' in text
-    assert "By that rule the study's setting, with as many passes, is good enough." in text
-    assert names['strips'][('unipc', 5)] == 'lowest KID'
-    sampled([2., 1.2, 1.5, 1.2, 1.], ('dpm++', 2), every)
-    assert "the study's setting, with as many passes, is not good enough." in drawn('46_sampling_steps', home)[1]
-    sampled([2., 1.2, 1.5, 1., 1.2], ('dpm++', 2), every)
-    text = drawn('46_sampling_steps', home)[1]
-    assert 'DPM-Solver++ 5 is the cheapest that is good enough. By that rule it is what the study uses.' in text
+    assert 'DPM-Solver++ 7: not measured here' in drawn('46_sampling_steps', home)[1]

@@ -158,7 +158,7 @@ def test_every_argument_that_changes_is_refused_by_its_name(notebook, tmp_path):
         assert f'run: {name} is {value if value != "" else "empty"} there and {other} here. Give' in str(e.value)
 
 
-LORA = dict(steps=2, batch=2, n_faces=40, n_train=4, samples=4, guidance_val_size=4, sampling_steps=2, previews=0,
+LORA = dict(steps=2, batch=2, n_faces=60, n_train=4, samples=4, guidance_val_size=4, sampling_steps=2, previews=0,
             guidance_scales='1')
 
 

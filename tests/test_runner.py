@@ -97,7 +97,7 @@ def test_a_failing_run_stops_its_branch_only_and_keeps_its_notebook(home):
 def test_a_run_starts_from_committed_weights_where_no_run_is_here(home):
     "What ran here comes first, then weights of the repository; without either the path stays as it was"
     from facegen.study.weights import keep_weights
-    def want(): return runner.from_weights(experiments.job('attrs-laptop-s0'))['params']
+    def want(): return runner.from_weights(experiments.job('pixels-laptop-s0'))['params']
     assert want()['classifier'] == 'data/runs/classifier32-laptop-s0/judge'
     judge = home/'data/runs/classifier32-laptop-s0/judge'
     judge.mkdir(parents=True)

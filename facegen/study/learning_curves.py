@@ -133,7 +133,7 @@ def networks_text(
 )->str:             # e.g. KID, 32 px: classifier32; KID, outside network: efficientnet-lite0
     "Name the network behind each distance"
     first = r[r.metric.isin(metrics)].groupby('metric').network.first()
-    return '; '.join(f'{METRICS[m][0]}: features of {network_name(first[m])}' for m in metrics)
+    return '; '.join(f'{METRICS[m][0]}: {network_name(first[m])}' for m in metrics)
 
 # %% ../../nbs/study/06_learning_curves.ipynb #ff1f55d6
 def better_or_worse(
@@ -341,7 +341,7 @@ def shared_settings(
     seeds = r.groupby('row').seed.unique()
     by_name = {names[k]: seeds_text(seeds[k]) for k in names if k in seeds}
     said = group_by_verdict(by_name) if len(set(by_name.values())) > 1 else seeds_text(seeds.iloc[0])
-    return [f'n = {first.n} samples; {said}, one dot or thin line each; bars: 95 % intervals over images, of one seed; '
-            'words and bars of differences: of the seeds.',
+    return [f'n = {first.n} samples; {said}, one dot or thin line each; bars: 95 % intervals, over '
+            'images for one seed, over seeds for a difference.',
             f'{networks_text(r, metrics)}. Grey: reference, real faces against real ones.',
             'EMA weights, the same noise in every experiment.']

@@ -47,7 +47,7 @@ NAMES = {  # experiment -> what a newcomer should read
     'zero-shot': 'base model, prompts', 'zero-shot-uncond': 'base model, empty prompt',
     'full': 'full fine-tuning, prompts', 'lora': 'LoRA, prompts', 'lora-uncond': 'LoRA, empty prompt',
     'lora-silent': 'LoRA on empty, then prompts', 'lora-absent': 'LoRA, absent attributes named too',
-    'unet-few-pixels': 'in pixels', 'unet-few-cosine': 'cosine learning rate decay',
+    'unet-few-pixels': 'UNet in pixels', 'unet-few-cosine': 'cosine learning rate decay',
     'unet-few-no-flip': 'no horizontal flip',
     'unet-few-jitter': 'colour jitter', 'unet-few-elastic': 'elastic deformation',
     'unet-few-T2000': '2000 noise levels', 'unet-few-epsilon': 'epsilon prediction',
