@@ -13,7 +13,7 @@ TORCH  := $(shell sed -n 's/^requirements *=.*\(torch==[^ ]*\).*/\1/p' settings.
 INCEPTION := $(shell sed -n 's/^inception_requirements *= *//p' settings.ini)
 CHAPTERS_AND_FIGURES := $(filter-out nbs/runs/%,$(wildcard nbs/*.ipynb nbs/*/*.ipynb))
 
-.PHONY: help setup inception demo study figures notebooks lab test export table clean
+.PHONY: help setup inception demo study samples figures notebooks lab test export table clean
 
 help:      ## say what can be made
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -37,6 +37,9 @@ demo: setup  ## three ways of conditioning a denoiser, in the folder demo: train
 study: setup  ## run every experiment at SCALE with SEEDS seeds, then the figures
 	@$(BIN)/facegen study $(SCALE) --seeds $(SEEDS) --jobs $(JOBS)
 
+samples: setup  ## make the samples that are not in git, by running again what drew them
+	@$(BIN)/facegen samples $(SCALE)
+
 figures: setup  ## plot every figure again from data/results
 	@$(BIN)/facegen figures $(SCALE) --jobs $(JOBS)
 
@@ -58,4 +61,4 @@ test: setup  ## check the style of all code, then run every test and every noteb
 	@$(BIN)/pytest -n $(JOBS) --durations=8 tests
 
 clean:  ## delete what runs made (packed faces, weights, executed notebooks); keep committed results
-	rm -rf data/faces data/latents data/runs demo .snakemake data/results/_* data/gallery/_* figures/_*
+	rm -rf data/faces data/latents data/runs demo .snakemake data/*/_* figures/_*

@@ -2,7 +2,7 @@
 import io, os, platform, shutil, subprocess, sys, time
 from pathlib import Path
 
-import nbformat, pytest
+import nbformat, pytest, torch
 
 from facegen.core import load_result, save_result
 from facegen.study import experiments, runner
@@ -220,3 +220,12 @@ def test_of_announcements_that_begin_alike_the_first_is_repeated(home):
     assert [' '.join(line.split()) for line in file.getvalue().splitlines()] == [
         'a-run preview after 1 step: p1', 'a-run training: 5 %, loss=0.2, 00:09 left', 'a-run resumed',
         'a-run training: 7 %']
+
+
+def test_samples_that_are_missing_are_made_in_the_order_of_the_table(home):
+    from facegen.evaluation.samples import save_samples
+    for run in ('spatial+guided-laptop-s0', 'attrs-laptop-s1', 'attrs-laptop-s0', 'classifier-laptop-s0'):
+        save_result(run, {}, [RECORD])
+    save_samples(torch.zeros(4, 3, 8, 8), 'attrs-laptop-s0')
+    assert runner.without_samples('laptop') == ['attrs-laptop-s1', 'spatial+guided-laptop-s0']
+    assert runner.without_samples('laptop', ['attrs']) == ['attrs-laptop-s1'] and runner.without_samples('gpu') == []

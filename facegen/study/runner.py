@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['pack_path', 'pack', 'from_weights', 'StatusLines', 'read_progress', 'show_files', 'show_progress', 'execute',
            'launch', 'snakefile', 'batch_command', 'command_lines', 'snakemakes', 'unlock', 'watch', 'changed_since',
-           'run_batch', 'nearest_experiments', 'results', 'headline_table', 'no_results', 'figure_name', 'figure_path',
-           'available_figures', 'plot_figure']
+           'run_batch', 'nearest_experiments', 'results', 'without_samples', 'headline_table', 'no_results',
+           'figure_name', 'figure_path', 'available_figures', 'plot_figure']
 
 # %% ../../nbs/study/02_runner.ipynb #8891ad29
 import os, platform, re, shutil, subprocess, sys, threading, time
@@ -313,6 +313,19 @@ def results(
     return pd.DataFrame(lines)
 
 # %% ../../nbs/study/02_runner.ipynb #ru000009
+def without_samples(
+    scale:str,             # A key of SCALES
+    experiments:list=None, # Keys of EXPERIMENTS; None takes all
+)->list:                   # Names of runs, in the order in which they can be made
+    "Runs that drew faces and have a result, but no kept samples"
+    from facegen.evaluation.samples import samples_picture
+    found = results(scale)
+    if not len(found): return []
+    chosen = found[found.row.isin(experiments or EXPERIMENTS)].drop_duplicates('run')
+    drew = [(list(EXPERIMENTS).index(r.row), r.seed, r.run) for r in chosen.itertuples()
+            if EXPERIMENTS[r.row].notebook in ('32_unconditional', '34_conditional', '37_lora')]
+    return [run for *_, run in sorted(drew) if not samples_picture(run).exists()]
+
 def headline_table(
     scale:str,      # A key of SCALES
     experiments=(), # Keys of EXPERIMENTS, to be compared metric by metric; empty takes all, run by run
