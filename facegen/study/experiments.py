@@ -498,7 +498,7 @@ FIGURE_NEEDS = {  # notebook -> experiments without whose results there is no fi
     '49_lora_scale':       ['lora'],
     '50_findings':         ['dit-s-few', 'dit-l-few'],
     '51_costs':            ['costs'],
-    '52_training_details': ['unet-few', 'unet-few-cosine'],
+    '52_training_details': ['unet-few-pixels', 'unet-few-cosine'],
     '53_demo':             DEMO,
     '54_recipe':           ['recipe', 'recipe-former'],
     '55_faces':            ['former-recipe', 'spatial+guided'],
