@@ -220,14 +220,14 @@ def test_the_commonest_answer_is_half_right_on_attributes_and_shuffling_changes_
         assert mark(marks, 'commonest', metric)['value'] == pytest.approx(mark(marks, 'commonest', metric)['chance'])
 
 
-def test_a_table_with_the_test_faces_in_it_is_perfect_exactly_and_at_the_upper_mark_when_judged(requested, train, judges):
-    "So the two readings differ in the judge alone"
+def test_a_table_that_has_the_test_faces_is_perfect_and_at_the_upper_mark_when_judged(requested, train, judges):
+    "So the two readings differ in the judge alone; an outline may be off by a pixel"
     both = InMemoryFaces(Face(*(torch.cat([a, b]) for a, b in zip(train.face, requested))))
     marks = ba.blind_marks(requested, both, *judges)
     for metric in MASKS:
         assert mark(marks, 'pixels', metric)['value'] == pytest.approx(1)
         r = mark(marks, 'pixels', metric, 'judge')
-        assert r['value'] == pytest.approx(r['upper']) and r['upper'] < .95
+        assert r['value'] == pytest.approx(r['upper']) and (r['upper'] < .95 or metric == 'boundary_f1')
     r = mark(marks, 'pixels', 'balanced_accuracy', 'judge')
     assert r['value'] == r['upper'] < 1
 

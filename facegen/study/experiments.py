@@ -502,7 +502,7 @@ FIGURE_NEEDS = {  # notebook -> experiments without whose results there is no fi
     '53_demo':             DEMO,
     '54_recipe':           ['recipe', 'recipe-former'],
     '55_faces':            ['former-recipe', 'spatial+guided'],
-    '56_replication':      ['published', 'published-blank']}
+    '56_replication':      ['described', 'published']}
 
 # %% ../../nbs/study/00_experiments.ipynb #5be8fbe3
 def check_scale(
