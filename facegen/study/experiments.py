@@ -278,6 +278,7 @@ LAPTOP = {
     'longer': dict(steps=2000),
     **{f'{name}-celeba64': dict(size=32, network='laptop', steps=800, outside='', **X0_ADAMW)
        for name in REAL[3:]},  # a short training on real faces
+    '39_blind_answers': dict(n_faces=20000, size=64, samples=256),
     '35_guidance': dict(n_faces=20000, size=64, samples=256, sampling_steps=10, at='2 2',
                         settings='1 1, 1.5 1.5, 2 2, 3 3, 5 5, 1 0, 0 1, 0 2, 1 2, 2 1, 3 1, 3 2, 2 3, 5 3',
                         intervals='0 0.5, 0.5 1, 0.1 0.9, 0.2 0.8'),
@@ -316,6 +317,7 @@ GPU = {
     'pixels': dict(size=32, network='gpu'),
     'longer': dict(steps=60000),
     **{f'{name}-celeba64': dict(network='gpu', outside='', **EPSILON_ADAMW) for name in REAL[3:]},
+    '39_blind_answers': dict(n_faces=30000, size=64, samples=1024),
     '35_guidance': dict(n_faces=30000, size=64, samples=1024, sampling_steps=20),
     '36_stable_diffusion': dict(network='gpu', autoencoder_faces='toy-mixed', n_faces=30000, size=64,
                                 face_steps=20000, face_batch=64, face_lr=5e-4, steps=20000, batch=128, lr=3e-4,
@@ -342,6 +344,7 @@ PAPER = {
                            subfolder='vqvae', segformer='nvidia/segformer-b0-finetuned-ade-512-512',
                            latent_scale=.18215, steps=338000, batch=16, lr=2e-4, warmup=5000, ema=.9999, samples=2700,
                            sampling_steps=50),
+    '39_blind_answers': dict(n_faces=45000, size=256, samples=2700),
     '35_guidance': dict(n_faces=45000, size=256, samples=2700, sampling_steps=50),
     '37_lora': dict(base='stabilityai/stable-diffusion-2-base', faces='CelebAMask-HQ', size=512, n_train=0, rank=24,
                     alpha=72., steps=168750, batch=4, lr=3e-4, warmup=500, ema=.9998, previews=25, precision='fp16',
@@ -353,7 +356,7 @@ PAPER = {
 
 # %% ../../nbs/study/00_experiments.ipynb #bud00016
 WITH_INTERVALS = ('30_judges', '31_autoencoder', '32_unconditional', '33_samplers', '34_conditional', '35_guidance',
-                  '36_stable_diffusion', '37_lora')
+                  '36_stable_diffusion', '37_lora', '39_blind_answers')
 
 def complete_scale(
     name:str,   # smoke, laptop, gpu or paper
@@ -459,6 +462,7 @@ def make_experiments()->list: # Of `Experiment`, in the order in which they are 
              scales=BELOW_PAPER),  # `paper` takes the hub's
         *[Experiment(k, '37_lora', p, lora_needs(p)) for k, p in lora_experiments().items()],
         once('costs', '38_costs'),
+        once('blind', '39_blind_answers', needs=judged_by('classifier', 'parser')),
         once('guidance', '35_guidance',
              needs=judged_by('classifier', 'parser') | {'pipeline': ('spatial+dropout', 'pipeline')}),
         *[conditional(k, p, CELEBA_NEEDS) for k, p in REAL_CONDITIONAL.items()]]

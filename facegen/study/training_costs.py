@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIME', 'IDS', 'TRAINED_NETWORKS', 'GPU_TFLOPS', 'EncodeDecode', 'judge_networks', 'autoencoder_networks',
-           'unconditional_networks', 'conditional_networks', 'stable_diffusion_networks', 'lora_networks',
-           'training_cost', 'gpu_hours', 'cost_table']
+           'input_shape', 'unconditional_networks', 'conditional_networks', 'stable_diffusion_networks',
+           'lora_networks', 'training_cost', 'gpu_hours', 'cost_table']
 
 # %% ../../nbs/study/07_training_costs.ipynb #c9c6b1f3
 from functools import lru_cache
@@ -52,11 +52,19 @@ def autoencoder_networks(scale, widths, factor, channels, codes, layers, size):
     net = make_autoencoder(tuple(map(int, widths.split())), factor, channels, codes, layers)
     return [(EncodeDecode(net), (_image(net.config.in_channels, size//space_to_depth_of(net)),))]
 
-def unconditional_networks(scale, backbone, network, size):
-    return [(BACKBONES[backbone](network, size), (_image(3, size), TIME))]
+def input_shape(scale, autoencoder, size):
+    "Channels and side of what a denoiser works on: faces, or latents of a quarter of their side"
+    if not autoencoder: return 3, size
+    p = default_params('31_autoencoder') | (SCALES[scale].get('31_autoencoder', {}))
+    return p['channels'], size//4
 
-def conditional_networks(scale, network, conditioning, nce, size):
-    net = make_denoiser(network, conditioning, size, image_encoder=nce == 'image')
+def unconditional_networks(scale, backbone, network, autoencoder, size):
+    channels, side = input_shape(scale, autoencoder, size)
+    return [(BACKBONES[backbone](network, side, channels=channels), (_image(channels, side), TIME))]
+
+def conditional_networks(scale, network, conditioning, nce, autoencoder, size):
+    channels, _ = input_shape(scale, autoencoder, size)
+    net = make_denoiser(network, conditioning, size, image_encoder=nce == 'image', channels=channels)
     side = size//net.config.downsampling
     cond = Cond(torch.zeros(1, 40), torch.zeros(1, size, size, dtype=torch.int64))
     return [(net, (_image(net.config.channels, side), TIME, cond))]
