@@ -27,7 +27,7 @@ from matplotlib.transforms import ScaledTranslation
 from ..data.faces import mirror_mask
 from ..evaluation.paired_bootstrap import Difference, t_interval
 from ..plotting import COLOURS, PART_COLOURS, load_gallery, save_figure, tile
-from .comparisons import decided, interval_text, network_name
+from .comparisons import decided, interval_text, network_name, verdict
 from .runner import figure_name
 
 # %% ../../nbs/study/05_plots.ipynb #f7b9be7b
@@ -357,9 +357,8 @@ def outcome(
 )->str:           # better, worse, not decided or one seed
     "Say what the seeds of one difference allow, as good or bad; uncorrected for how many differences are shown"
     if len(d.per_seed) < 2: return 'one seed'
-    low, high = t_interval(d)
-    if low <= 0 <= high: return 'not decided'
-    return 'better' if ('lower' if high < 0 else 'higher') == METRICS[metric][1] else 'worse'
+    if not decided(d): return 'not decided'
+    return 'better' if verdict(d) == METRICS[metric][1] else 'worse'
 
 # %% ../../nbs/study/05_plots.ipynb #c432f29d
 @dataclass
