@@ -13,9 +13,9 @@ import torch
 
 from ..core import progress
 from ..data.faces import ATTRIBUTES, PARTS, Face, at_least, split
-from .controllability import (NOT_IN_MASK, boundary_f1, check_conditions, image_miou, metric_record,
+from .controllability import (NOT_IN_MASK, boundary_f1, check_conditions, mask_metrics, metric_record,
                                                 per_sample, run_judge)
-from .metrics import balanced_accuracy, confusion, iou
+from .metrics import balanced_accuracy, confusion
 
 # %% ../../nbs/evaluation/12_blind_answers.ipynb #639c1eea
 def commonest_mask(
@@ -136,11 +136,7 @@ def mask_marks(
 )->list:                    # Records: miou, miou_per_image, pixel_accuracy, boundary_f1
     "Measure masks as `mask_report` measures samples"
     counts, outlines = (per_sample(f, requested, pred, real) for f in (confusion, boundary_f1))
-    def accuracy(c): return (c := c.sum(0)).diag().sum()/c.sum()
-    return (metric_record('miou', lambda c: iou(c).nanmean(), counts, **tags)
-            + metric_record('miou_per_image', torch.nanmean, {k: image_miou(c) for k, c in counts.items()}, **tags)
-            + metric_record('pixel_accuracy', accuracy, counts, **tags)
-            + metric_record('boundary_f1', torch.nanmean, outlines, **tags))
+    return mask_metrics(counts, outlines, **tags)
 
 # %% ../../nbs/evaluation/12_blind_answers.ipynb #1db41517
 def attribute_marks(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_IN_MASK', 'mask_leakage', 'edges', 'boundary_f1', 'run_judge', 'permute', 'per_sample', 'metric_record',
-           'check_conditions', 'attribute_report', 'image_miou', 'mask_report']
+           'check_conditions', 'attribute_report', 'image_miou', 'mask_metrics', 'mask_report']
 
 # %% ../../nbs/evaluation/05_controllability.ipynb #749bdb41
 import torch
@@ -161,6 +161,18 @@ def image_miou(
     either = counts.sum(1) + counts.sum(2) - both       # (n,19)
     return torch.where(either > 0, both/either, torch.nan).nanmean(1)
 
+def mask_metrics(
+    counts:dict,   # Confusions, as `per_sample` gives them
+    outlines:dict, # Boundary F1, the same way
+    **tags,        # Go into the records
+)->list:           # Records: miou, miou_per_image, pixel_accuracy, boundary_f1
+    "Summarise how well masks agree"
+    def accuracy(c): return (c := c.sum(0)).diag().sum()/c.sum()
+    return (metric_record('miou', lambda c: iou(c).nanmean(), counts, **tags)
+            + metric_record('miou_per_image', torch.nanmean, {k: image_miou(c) for k, c in counts.items()}, **tags)
+            + metric_record('pixel_accuracy', accuracy, counts, **tags)
+            + metric_record('boundary_f1', torch.nanmean, outlines, **tags))
+
 def mask_report(
     parser,                 # Judge with `predict`, (B,3,H,W) -> (B,H,W) classes
     images:torch.Tensor,    # Samples, (n,3,H,W) in [-1,1]
@@ -172,10 +184,5 @@ def mask_report(
     check_conditions(images, requested, images.shape[2:], real=real, recon=recon)
     pred = [None if x is None else run_judge(parser.predict, x) for x in (images, real, recon)]
     counts, outlines = (per_sample(compare, requested, *pred) for compare in (confusion, boundary_f1))
-    def accuracy(c): return (c := c.sum(0)).diag().sum()/c.sum()
-    means = (metric_record('miou', lambda c: iou(c).nanmean(), counts)
-             + metric_record('miou_per_image', torch.nanmean, {k: image_miou(c) for k, c in counts.items()})
-             + metric_record('pixel_accuracy', accuracy, counts)
-             + metric_record('boundary_f1', torch.nanmean, outlines))
-    return means + [r for i, p in enumerate(PARTS)
+    return mask_metrics(counts, outlines) + [r for i, p in enumerate(PARTS)
                     for r in metric_record('iou_one', lambda c: iou(c)[i], counts, part=p)]
