@@ -295,7 +295,7 @@ LAPTOP = {
 DEMO_SCALE = {'34_conditional': LAPTOP['34_conditional'] | dict(
     classifier='data/weights/classifier-laptop-s0/judge', parser='data/weights/parser-laptop-s0/judge',
     small_classifier='data/weights/classifier32-laptop-s0/judge',
-    autoencoder='data/weights/autoencoder-laptop-s0/autoencoder', steps=400)}
+    autoencoder='data/weights/autoencoder-laptop-s0/autoencoder', steps=350)}
 
 # %% ../../nbs/study/00_experiments.ipynb #bud00012
 GPU = {
