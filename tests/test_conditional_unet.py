@@ -325,12 +325,28 @@ def test_the_terms_add_up(face, cond):
     with_cond = diffusion_loss(NOISE, condition_of=lambda f, d: cond)(model, face, StepRandom(0, 3, 8))
     assert torch.equal(plain, with_cond) and plain.shape == (8,)
     for nce in NCE:
-        extra = contrastive_term(model, nce, cond, face.image)
+        tokens = model.condition_encoder(cond).tokens
+        extra = contrastive_term(model, nce, cond.attrs, tokens, face.image)
         assert extra.shape == (8,) and torch.allclose(value(nce=nce, lam=.5), plain + .5*extra, atol=1e-6)
         assert torch.equal(value(nce=nce, lam=0.), plain)
     assert torch.allclose(value(weight='p2'), plain*NOISE.alphas_cumprod.neg().add(1)[t], rtol=1e-4)
     blank = diffusion_loss(NOISE, condition_of=lambda f, d: Cond(f.attrs, 0*f.mask))(model, face, StepRandom(0, 3, 8))
     assert torch.equal(value(corruption='blank masks'), blank)
+
+
+def test_a_condition_is_encoded_once_unless_some_of_it_is_dropped(face, cond):
+    "An encoded condition does as well as the condition itself"
+    model = net('described').eval()
+    x, t = noisy()
+    encoded = model.condition_encoder(cond)
+    assert torch.equal(model(x, t, encoded), model(x, t, cond))
+    calls = []
+    model.condition_encoder.register_forward_hook(lambda *_: calls.append(1))
+    for nce, dropout, times in (('', (0., 0.), 1), ('published', (0., 0.), 1), ('published', (.5, .5), 2)):
+        calls.clear()
+        conditional_loss(NOISE, nce=nce, cond_dropout=dropout)(model, face, StepRandom(0, 3, 8)).mean().backward()
+        assert len(calls) == times, (nce, dropout)
+        assert model.condition_encoder.join.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize('kind,rows', [('flow', 'logit-normal'), ('edm', 'log-normal'), ('sample', 'log-normal')])

@@ -17,7 +17,7 @@ from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .condition_encoders import CONDITIONINGS, Cond, ConditionEncoder
+from .condition_encoders import CONDITIONINGS, Cond, ConditionEncoder, EncodedCond
 from .infonce import NCE, ImageEncoder
 from ..core import root, run_folder
 from ..diffusion.losses import diffusion_loss, weighting
@@ -67,13 +67,15 @@ class Denoiser(ModelMixin, ConfigMixin):
     def forward(self,
         x:Tensor,        # Noisy faces or latents, (B,C,h,w)
         t:Tensor,        # Timestep of each, (B,) int64
-        cond:Cond=None,  # The condition; None is unconditional
+        cond=None,       # A `Cond`, or the same encoded; None is unconditional
     )->Tensor:           # The answer, (B,C,h,w)
         c = self.config
         if cond is None:
             cond = Cond.unconditional(len(x), c.size).to(x.device)
-        check_shapes(cond, x, c)
-        tokens, grid = self.condition_encoder(cond)     # (B, N, dim), (B, width, grid, grid)
+        if not isinstance(cond, EncodedCond):
+            check_shapes(cond, x, c)
+            cond = self.condition_encoder(cond)
+        tokens, grid = cond                             # (B, N, dim), (B, width, grid, grid)
         h = F.pixel_unshuffle(x, c.space_to_depth)      # (B, C*s^2, h/s, w/s)
         if grid is not None:
             h = torch.cat([h, grid.to(h.dtype)], 1)     # (B, C*s^2 + width, h/s, w/s)
@@ -179,15 +181,15 @@ def require_whole_batch(rng, why):
 def contrastive_term(
     model:Denoiser, # With an image encoder for 'image'
     nce:str,        # Row of NCE
-    cond:Cond,      # Of the whole batch
+    attrs:Tensor,   # Of the whole batch, (B,40)
+    tokens:Tensor,  # What the condition encoder made of its conditions, (B,N,dim)
     image:Tensor,   # Its faces or latents
 )->Tensor:          # (B,)
     "The contrastive term of each face of a whole batch"
     emb = None
     if model.image_embedder:
         emb = model.image_embedder(F.pixel_unshuffle(image, model.config.space_to_depth))
-    tokens, _ = model.condition_encoder(cond)
-    return NCE[nce](tokens.mean(1), cond.attrs, image=emb)
+    return NCE[nce](tokens.mean(1), attrs, image=emb)
 
 # %% ../../nbs/conditioning/04_conditional_unet.ipynb #b2ecfab5
 def _check_choices(nce, corruption, cond_dropout):
@@ -218,9 +220,12 @@ def conditional_loss(
     def loss(model, face, rng):
         if nce or 'shuffled' in corruption:
             require_whole_batch(rng, nce or corruption)
-        each = denoising(model, face, rng)
-        if not nce: return each
-        return each + lam*contrastive_term(model, nce, condition(face), face.image)
+        if not nce: return denoising(model, face, rng)
+        cond = condition(face)
+        encoded = model.condition_encoder(cond)
+        shared = None if any(cond_dropout) else encoded  # where nothing is dropped, one encoding serves both terms
+        each = denoising(model, face, rng, shared)
+        return each + lam*contrastive_term(model, nce, cond.attrs, encoded.tokens, face.image)
     loss.config = denoising.config | dict(
         nce=nce, lam=lam, cond_dropout=list(cond_dropout), weight=weight, corruption=corruption)
     return loss

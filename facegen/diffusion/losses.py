@@ -107,16 +107,18 @@ def diffusion_loss(
     weight:Callable=None,            # t (B,) -> factor for each face (B,); None = 1
     condition_of:Callable=None,      # (face, rng) -> condition; None = unconditional
     timestep_sampling:str='uniform', # Row of `TIMESTEP_SAMPLING`: uniform, logit-normal or log-normal
-)->Callable:                         # loss(model, face, rng) -> (B,)
+)->Callable:                         # loss(model, face, rng, cond=None) -> (B,); a given cond replaces `condition_of`'s
     "Make the loss of a denoiser; raises ValueError for an unknown sampling of timesteps"
     draw_timesteps = draw_timesteps_of(scheduler, timestep_sampling)
-    def loss(model, face, rng):
+    def loss(model, face, rng, cond=None):
         x0 = face.image                   # (B,3,H,W)
         t = draw_timesteps(rng, len(x0))  # (B,)
         eps = rng.randn(x0.shape)         # (B,3,H,W)
-        cond = () if condition_of is None else (condition_of(face, rng),)
+        if cond is None and condition_of is not None:
+            cond = condition_of(face, rng)
+        conds = () if cond is None else (cond,)
         xt = scheduler.scale_model_input(scheduler.add_noise(x0, eps, t), t)
-        error = model(xt, t, *cond) - training_target(x0, eps, t, scheduler)
+        error = model(xt, t, *conds) - training_target(x0, eps, t, scheduler)
         per_face = error.float().square().flatten(1).mean(1)  # (B,)
         return per_face if weight is None else per_face*weight(t)
     loss.config = {k: scheduler.config[k] for k in DEFINES_LOSS if k in scheduler.config}
