@@ -12,6 +12,7 @@ from facegen.evaluation import rejudging
 from facegen.evaluation.metrics import record
 from facegen.evaluation.samples import round_to_8bit, samples_picture, save_samples
 from facegen.study import commands
+from facegen.study.runner import results
 from facegen.synthetic.toyfaces import pack_toyfaces
 
 torch.set_num_threads(1)
@@ -183,3 +184,20 @@ def test_help_names_every_eye(capsys):
         commands.main(['judge', '--help'])
     said = ' '.join(capsys.readouterr().out.split())
     assert all(re.search(rf'[\s,]{eye}\b', said) for eye in rejudging.EYES)
+
+
+def test_a_scale_is_judged_once_and_stands_among_the_results(home, kept, packed, capsys):
+    run = '_attrs-smoke-s0'
+    shutil.copyfile(samples_picture(RUN), samples_picture(run))
+    result = load_result(RUN)
+    save_result(run, result['params'], result['metrics'])
+    out, end = judge(capsys, 'smoke', '--eye', 'high-frequency')
+    assert not end and out.startswith(run) and 'high_frequency' in out
+    r = results('smoke')
+    assert list(r[r.run == run].metric) == ['miou', 'high_frequency'] and set(r.row) == {'attrs'}
+    assert list(results('smoke', judged=False).metric) == ['miou']
+    assert judge(capsys, 'smoke', '--eye', 'high-frequency') == ('', 0), 'nothing is left to do'
+    out, end = judge(capsys, 'smoke', '--eye', 'classifier32')
+    assert not end and 'kid_classifier32' in out
+    for path in (samples_picture(run), home/'data/results'/f'{run}.json'):
+        path.unlink()

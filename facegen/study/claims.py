@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUALITY', 'EFFECTS', 'VERSIONS', 'CLAIMS', 'GROUPS', 'NO_FACTS', 'NAMES_OF', 'STEPS', 'Claim', 'experiment_facts',
            'changes', 'change_text', 'check_steps', 'primary', 'metric_of', 'primary_difference', 'Verdict',
-           'pair_direction', 'weigh', 'judge']
+           'pair_direction', 'weigh', 'judge', 'above_blind']
 
 # %% ../../nbs/study/04_claims.ipynb #e23912f6
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ..conditioning.condition_encoders import CONDITIONINGS
+from ..evaluation.blind_answers import blind_mark
+from ..evaluation.paired_bootstrap import Difference
 from ..evaluation.seeds import claim_word, holm, seed_test
 from .comparisons import difference
 from .experiments import EXPERIMENTS, default_params, job, run_name
@@ -185,3 +187,17 @@ def judge(
     verdicts = [Verdict(claim_word(direction, p, q, n), found, p, float(q), n)
                 for (direction, p), q, n, found in zip(weights, adjusted, seeds, tests)]
     return dict(zip(claims, verdicts))
+
+# %% ../../nbs/study/04_claims.ipynb #bl000002
+def above_blind(
+    r:pd.DataFrame, # From `results`
+    row:str,        # A key of `experiments.CHAIN`
+    metric:str,     # miou, miou_per_image, boundary_f1, balanced_accuracy or balanced_accuracy_hidden
+)->tuple:           # Record of the blind answer, `SeedTest` of experiment minus answer; (None, None) if not run
+    "Hold an experiment against the blind answer that is told as much"
+    found, answers = primary(r, row, metric), r[r.row == 'blind']
+    if found.empty or answers.empty: return None, None
+    mark = blind_mark(answers.to_dict('records'), EXPERIMENTS[row].params['conditioning'], metric)
+    x = (found.value - mark['value']).to_numpy()
+    half = (found.high - found.low).mean()/2
+    return mark, seed_test(Difference(x.mean(), x.mean() - half, x.mean() + half, tuple(x.tolist()), mark['n']))

@@ -16,7 +16,7 @@ from fastcore.script import Param, anno_parser
 from .. import __version__
 from ..core import ATTRIBUTES, load_result, output_root, root, run_folder
 from ..data.layouts import suggest
-from .experiments import (DEMO, DEMO_FIGURE, EXPERIMENTS, FIGURES, check_experiments, check_scale,
+from .experiments import (DEMO, DEMO_FIGURE, EXPERIMENTS, FIGURES, SCALES, check_experiments, check_scale,
                                        parse_name, run_name, run_names)
 
 # %% ../../nbs/study/09_commands.ipynb #co000006
@@ -99,11 +99,17 @@ def eyes(
     print(fetch_face_recognition(archive or '').relative_to(root()))
 
 def judge(
-    run:str, # A run whose samples are kept, e.g. spatial-laptop-s0
+    run:str, # A run whose samples are kept, e.g. spatial-laptop-s0, or a scale: all its runs that lack these eyes
     eye:Param('classifier, classifier32, efficientnet-lite0, face-recognition or high-frequency; may be given several '
               'times', action='append')=None,
 ):
-    "Measure the kept samples of a run again, through other networks"
+    "Measure the kept samples of runs again, through other networks"
+    if run in SCALES:
+        from facegen.study.runner import unjudged
+        for name in unjudged(run, eye or []):
+            print(name)
+            judge(name, eye)
+        return
     load_result(run)
     from facegen.data.faces import load_faces
     from facegen.evaluation import rejudging

@@ -70,6 +70,8 @@ METRICS = {  # metric -> its name, and which direction is better
     'frechet_outside': ('Frechet distance, outside network', 'lower'),
     'high_frequency': ('high-frequency energy, real is 1', 'higher'),
     'kid_outside': ('KID, outside network', 'lower'),
+    'kid_face-recognition': ('KID, face recognition', 'lower'),
+    'frechet_face-recognition': ('Frechet distance, face recognition', 'lower'),
     'balanced_accuracy': ('attribute balanced accuracy', 'higher'),
     'balanced_accuracy_hidden': ('balanced accuracy, attributes no mask shows', 'higher'),
     'average_precision': ('attribute average precision', 'higher'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pack_path', 'pack', 'from_weights', 'StatusLines', 'read_progress', 'show_files', 'show_progress', 'execute',
            'launch', 'snakefile', 'batch_command', 'command_lines', 'snakemakes', 'unlock', 'watch', 'changed_since',
-           'run_batch', 'nearest_experiments', 'results', 'without_samples', 'headline_table', 'no_results',
+           'run_batch', 'nearest_experiments', 'results', 'without_samples', 'unjudged', 'headline_table', 'no_results',
            'figure_name', 'figure_path', 'available_figures', 'plot_figure']
 
 # %% ../../nbs/study/02_runner.ipynb #8891ad29
@@ -298,8 +298,11 @@ def nearest_experiments(
 def results(
     scale:str='',     # Only runs at this scale; '' takes all
     folder:Path=None, # Where the JSONs are; None takes data/results of `output_root`
+    judged:bool=True, # Add what other networks found in the kept samples (`rejudging`); needs the network libraries
 )->pd.DataFrame:      # One line a record; columns of the record, and run, row, scale, seed, seconds, params
     "Collect all results"
+    if judged:
+        from facegen.evaluation import rejudging
     lines = []
     for path in sorted((folder or output_root()/'data'/'results').glob('*.json')):
         try:
@@ -309,7 +312,8 @@ def results(
         r = load_result(path)
         run = dict(run=r['run'], row=experiment.name, scale=at, seed=seed, seconds=r['env']['seconds'],
                    params=r['params'])
-        lines += [{**record, **run} for record in r['metrics']]
+        seen_again = rejudging.judged(r['run']) if judged and not folder else []
+        lines += [{**record, **run} for record in (*r['metrics'], *seen_again)]
     return pd.DataFrame(lines)
 
 # %% ../../nbs/study/02_runner.ipynb #ru000009
@@ -326,13 +330,25 @@ def without_samples(
             if EXPERIMENTS[r.row].notebook in ('32_unconditional', '34_conditional', '37_lora')]
     return [run for *_, run in sorted(drew) if not samples_picture(run).exists()]
 
+def unjudged(
+    scale:str, # A key of SCALES
+    eyes:list, # Some of `rejudging.EYES`
+)->list:       # Names of runs
+    "Runs at a scale with kept samples that were not yet seen by all of these eyes"
+    from facegen.evaluation.rejudging import judged
+    from facegen.evaluation.samples import samples_picture
+    found = results(scale)
+    runs = [run for run in (found.run.unique() if len(found) else []) if samples_picture(run).is_file()]
+    wanted = {'high_frequency' if eye == 'high-frequency' else f'kid_{eye}' for eye in eyes}
+    return [run for run in runs if not wanted <= {r['metric'] for r in judged(run)}]
+
 def headline_table(
     scale:str,      # A key of SCALES
     experiments=(), # Keys of EXPERIMENTS, to be compared metric by metric; empty takes all, run by run
 )->pd.DataFrame:    # Ready to print; raises ValueError for unknown names and where there are no results
     "Collect the results that answer each experiment's main question"
     check_scale(scale), check_experiments(experiments)
-    r = results(scale)
+    r = results(scale, judged=False)
     if len(r) and experiments:
         order = {m: i for i, m in enumerate(r.metric.unique())}
         r = r[r.row.isin(experiments)].assign(order=lambda x: x.metric.map(order))
