@@ -2,7 +2,10 @@
 #   snakemake -c2 --config scale=laptop seeds=3 -- study   (`make study` does this, and shows one line a run)
 #   snakemake --profile profiles/slurm --config scale=gpu seeds=3 -- study
 # `make demo` calls rule `demo` in a folder of its own, `FACEGEN_OUT`; faces and committed weights are shared.
+from functools import lru_cache
+
 from facegen.core import root
+from facegen.data.layouts import folder_digest
 from facegen.study._warm_kernels import warm
 from facegen.study.commands import main
 from facegen.study.experiments import DEMO, DEMO_FIGURE, FIGURES, default_params, fingerprint, job, run_names
@@ -23,9 +26,11 @@ def faces(run):
     sizes = {p['size'], max(64, p['size'])} if p.get('mask_parser') else {p['size']}  # a mask parser works at 64 px
     return [(p['faces'], p['n_faces'], size) for size in sorted(sizes)]
 
+digest_once = lru_cache(folder_digest)
+
 def folder(packed):
     "What rule `faces` makes"
-    return str(pack_path(*packed)/'faces.json')
+    return str(pack_path(*packed, digest_once)/'faces.json')
 
 PACKED = {packed: folder(packed) for run in STUDY + SHOWN for packed in faces(run)}
 BY_PATH = {path: packed for packed, path in PACKED.items()}

@@ -19,7 +19,7 @@ from PIL import Image
 
 from facegen.data.faces import Faces, load_faces, prepare
 from facegen.data.layouts import read_raw
-from facegen.data.packing import decode, merge_parts
+from facegen.data.pictures import decode, merge_parts, part_pixels
 from facegen.synthetic.toyfaces import write_toyfaces
 
 GOAL, SECONDS, BATCH, BYTES = 150, 4, 32, 512*2**20
@@ -44,13 +44,14 @@ def faces_at_512(tmp: Path) -> Path:
 
 def decode_all(src: Path):
     "A reader of photos and part files, as a loader without packing needs it"
-    _, raws, problems = read_raw(src)
-    if problems:
-        sys.exit(f'{src} has problems: {problems[0]}')
+    listing = read_raw(src)
+    raws = listing.raws
+    if listing.problems:
+        sys.exit(f'{src} has problems: {listing.problems[0]}')
     def one(raw):
         image = np.asarray(Image.open(src/raw.image).convert('RGB'))
-        parts = {c: Image.open(src/f) for c, f in raw.masks.items()}
-        return image, np.asarray(merge_parts(parts))
+        parts = {c: part_pixels(Image.open(src/f)) for c, f in raw.masks.items()}
+        return image, merge_parts(parts)
     def read(rows): return len([one(raws[i]) for i in rows])
     return read, len(raws), sum(len(r.masks) for r in raws)/len(raws)
 
@@ -58,7 +59,7 @@ def decode_all(src: Path):
 def large(src: Path, tmp: Path, size: int) -> Faces:
     "Pack `src`, check the bytes, and repeat the faces until they fill BYTES"
     once = prepare(src, tmp/f'packed{size}', size)
-    for i, raw in list(enumerate(read_raw(src)[1]))[::16]:
+    for i, raw in list(enumerate(read_raw(src).raws))[::16]:
         image, mask = load_faces(once).uint8([i])
         want = decode(src, raw, size, [])
         if not (np.array_equal(image[0], want[0]) and np.array_equal(mask[0], want[1])):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from facegen.core import ATTRIBUTES, PARTS
 from facegen.data.faces import Face, flip_faces, load_faces, prepare
-from facegen.data.packing import square_crop
+from facegen.data.pictures import square_crop
 from facegen.plotting import to_uint8
 from facegen.synthetic import toyfaces
 from facegen.synthetic.attribute_sampling import OCCLUSIONS, sample_attributes, sample_factors

@@ -10,7 +10,7 @@ __all__ = ['NETWORKS', 'RECIPE', 'X0_ADAMW', 'EPSILON_ADAMW', 'LEARNING_RATES', 
            'OTHER_SCALINGS', 'REAL', 'SMOKE', 'BUDGET', 'PAIRS', 'PARSER', 'JUDGE32', 'PARSER32', 'SAMPLER_SETTINGS',
            'PAPER_SAMPLERS', 'LAPTOP', 'DEMO_SCALE', 'GPU', 'PAPER', 'WITH_INTERVALS', 'SCALES', 'WHOLE', 'JUDGES',
            'PIXEL_NEEDS', 'LATENT_NEEDS', 'RECIPE_NEEDS', 'CELEBA_NEEDS', 'LORA_NEEDS', 'DEMO', 'BELOW_PAPER',
-           'EXPERIMENTS', 'FIGURES', 'DEMO_FIGURE', 'FIGURE_NEEDS', 'unconditional_experiments',
+           'EXPERIMENTS', 'FIGURES', 'DEMO_FIGURE', 'FIGURE_NEEDS', 'RENDERED_SETS', 'unconditional_experiments',
            'unconditional_at_scale', 'latent_steps', 'pilot_name', 'recipes', 'recipes_at_scale', 'lora_experiments',
            'lora_at_scale', 'complete_scale', 'other_recipes_at_scale', 'Experiment', 'judged_by',
            'unconditional_needs', 'lora_needs', 'make_experiments', 'check_scale', 'check_experiments', 'run_name',
@@ -600,6 +600,8 @@ def unknown_params(
     return [k for k in params if k not in known]
 
 # %% ../../nbs/study/00_experiments.ipynb #711ffe2c
+RENDERED_SETS = {'toy': 'flat', 'toy-ink': 'ink', 'toy-mixed': 'mixed'}  # name -> style in which faces are drawn
+
 def find_faces(
     name:str, # A folder, or the name of one under FACEGEN_FACES
 )->Path:      # The folder; raises FileNotFoundError
@@ -608,13 +610,14 @@ def find_faces(
     places = [Path(name).expanduser(), *([Path(real)/name] if real else [])]
     for p in places:
         if p.is_dir(): return p.resolve()
-    raise FileNotFoundError(f"no faces at {' or '.join(map(str, places))}: pass a folder, "
-                            f"or set FACEGEN_FACES to the folder that holds {name!r}")
+    looked = ' or '.join(map(str, places)) + suggest(name, RENDERED_SETS)
+    raise FileNotFoundError(f'no faces at {looked}: pass a folder, '
+                            f'or set FACEGEN_FACES to the folder that holds {name!r}')
 
 def has_faces(experiment):
     "Whether its faces are rendered, or can be found"
     faces = experiment.params.get('faces', 'toy')
-    try: return faces.startswith('toy') or bool(find_faces(faces))
+    try: return faces in RENDERED_SETS or bool(find_faces(faces))
     except FileNotFoundError: return False
 
 # %% ../../nbs/study/00_experiments.ipynb #7d25e4fd

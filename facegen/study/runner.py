@@ -16,18 +16,23 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import load_result, output_root, result_path, root, run_folder
-from .experiments import (EXPERIMENTS, FIGURE_NEEDS, FIGURES, check_experiments, check_scale, find_faces,
-                                       job, notebook_path, parse_name, run_name, unknown_params)
+from ..data.layouts import folder_digest
+from .experiments import (EXPERIMENTS, FIGURE_NEEDS, FIGURES, RENDERED_SETS, check_experiments,
+                                       check_scale, find_faces, job, notebook_path, parse_name, run_name,
+                                       unknown_params)
 
 # %% ../../nbs/study/02_runner.ipynb #09045da7
 def pack_path(
     faces:str,   # 'toy', 'toy-ink', 'toy-mixed', a folder, or a name under FACEGEN_FACES
     n_faces:int, # How many to render; ignored for real faces, all of which are packed
     size:int,    # Side, px
-)->Path:         # Where the packed faces are, whether made or not
-    "Name the packed faces"
-    toy = faces.split('-')[0] == 'toy'
-    return root()/'data'/'faces'/(f'{faces}-{n_faces}-{size}' if toy else f'{Path(faces).name}-{size}')
+    digest=folder_digest, # Names the content of a folder
+)->Path:         # Where the packed faces are, whether made or not; raises FileNotFoundError
+    "Name packed faces: drawn ones by how many, others by their folder and what is in it"
+    packs = root()/'data'/'faces'
+    if faces in RENDERED_SETS: return packs/f'{faces}-{n_faces}-{size}'
+    folder = find_faces(faces)
+    return packs/f'{folder.name}-{size}-{digest(folder)}'
 
 # %% ../../nbs/study/02_runner.ipynb #ru000002
 def pack(
@@ -39,7 +44,7 @@ def pack(
     from facegen.data.faces import prepare
     from facegen.synthetic.toyfaces import pack_toyfaces
     out = pack_path(faces, n_faces, size)
-    if out.name.startswith('toy-'): return pack_toyfaces(out, n_faces, size, style=(faces.split('-') + ['flat'])[1])
+    if faces in RENDERED_SETS: return pack_toyfaces(out, n_faces, size, style=RENDERED_SETS[faces])
     if (out/'faces.json').exists(): return out
     return prepare(find_faces(faces), out, size)
 

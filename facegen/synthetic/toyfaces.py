@@ -21,7 +21,8 @@ from ..core import ATTRIBUTES, PARTS, progress
 from ..data.faces import Face
 from ..data.layouts import IMAGES, MAPPING, MASKS, TABLE, RawFace
 from ..data.packing import (RENDERED, check_packed, end_with_parent, is_there, join_shards, lock, run_jobs,
-                                  square_crop, write_shard)
+                                  write_shard)
+from ..data.pictures import square_crop
 from ..plotting import to_uint8
 from . import attribute_sampling, canvas, face_parts, hair_and_accessories
 from .attribute_sampling import sample_attributes
