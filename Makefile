@@ -1,10 +1,12 @@
 # facegen: two commands to start with are `make demo` and `make test`.
-# Change what runs with SCALE (smoke, demo, laptop, gpu, paper), SEEDS (how many) and JOBS (runs at a time).
+# Change what runs with SCALE (smoke, demo, laptop, gpu, paper), SEEDS (how many), JOBS (runs at a time) and FACES (a
+# face set of your own: see `facegen inspect`).
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 SCALE  ?= laptop
 SEEDS  ?= 1
 JOBS   ?= 2
+FACES  ?=
 BIN    := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -35,7 +37,7 @@ demo: setup  ## three ways of conditioning a denoiser, in the folder demo: train
 	@$(BIN)/facegen demo --scale $(SCALE)
 
 study: setup  ## run every experiment at SCALE with SEEDS seeds, then the figures
-	@$(BIN)/facegen study $(SCALE) --seeds $(SEEDS) --jobs $(JOBS)
+	@$(BIN)/facegen study $(SCALE) --seeds $(SEEDS) --jobs $(JOBS) --faces '$(FACES)'
 
 samples: setup  ## make the samples that are not in git, by running again what drew them
 	@$(BIN)/facegen samples $(SCALE)

@@ -14,7 +14,8 @@ from facegen.study.runner import figure_name, pack_path
 SCALE = config.get('scale', 'laptop')
 SEEDS = int(config.get('seeds', 1))
 SHORT = bool(int(config.get('demo', 0)))
-STUDY = run_names(SCALE, SEEDS)
+RUNS = config.get('runs', '').split()  # runs of `facegen launch` and of a study on other faces
+STUDY = [] if RUNS else run_names(SCALE, SEEDS)
 SHOWN = run_names(SCALE, SEEDS, DEMO)
 PICTURES = [f'figures/{figure_name(FIGURES[f], SCALE)}.png' for f in ([DEMO_FIGURE] if SHORT else FIGURES)]
 PACKS = root()/'data'/'faces'
@@ -32,7 +33,11 @@ def folder(packed):
     "What rule `faces` makes"
     return str(pack_path(*packed, digest_once)/'faces.json')
 
-PACKED = {packed: folder(packed) for run in STUDY + SHOWN for packed in faces(run)}
+def with_needs(runs):
+    "Runs and all that they need, however far away"
+    return runs and [*runs, *with_needs([n for run in runs for n in job(run)['needs']])]
+
+PACKED = {packed: folder(packed) for run in {*STUDY, *SHOWN, *with_needs(RUNS)} for packed in faces(run)}
 BY_PATH = {path: packed for packed, path in PACKED.items()}
 
 def done(runs):
@@ -46,13 +51,16 @@ def is_kept(run):
 def needs(w):
     return [*(PACKED[f] for f in faces(w.run)), *done(n for n in job(w.run)['needs'] if not is_kept(n))]
 
-localrules: demo, study
+localrules: demo, study, runs
 
 rule demo:
     input: done(SHOWN), PICTURES
 
 rule study:
     input: done(STUDY), PICTURES
+
+rule runs:
+    input: done(RUNS)
 
 rule faces:
     output: f'{PACKS}/{{pack}}/faces.json'

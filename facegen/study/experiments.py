@@ -9,20 +9,22 @@ __all__ = ['NETWORKS', 'RECIPE', 'X0_ADAMW', 'EPSILON_ADAMW', 'LEARNING_RATES', 
            'SAMPLING_STEPS', 'CONDITIONAL', 'SAMPLED_FROM', 'REAL_CONDITIONAL', 'ARMS', 'RANKS', 'LORA_SCALING',
            'OTHER_SCALINGS', 'REAL', 'SMOKE', 'BUDGET', 'PAIRS', 'PARSER', 'JUDGE32', 'PARSER32', 'SAMPLER_SETTINGS',
            'PAPER_SAMPLERS', 'LAPTOP', 'DEMO_SCALE', 'GPU', 'PAPER', 'WITH_INTERVALS', 'SCALES', 'WHOLE', 'JUDGES',
-           'PIXEL_NEEDS', 'LATENT_NEEDS', 'RECIPE_NEEDS', 'CELEBA_NEEDS', 'LORA_NEEDS', 'DEMO', 'BELOW_PAPER',
-           'EXPERIMENTS', 'FIGURES', 'DEMO_FIGURE', 'FIGURE_NEEDS', 'RENDERED_SETS', 'unconditional_experiments',
-           'unconditional_at_scale', 'latent_steps', 'pilot_name', 'recipes', 'recipes_at_scale', 'lora_experiments',
-           'lora_at_scale', 'complete_scale', 'other_recipes_at_scale', 'Experiment', 'judged_by',
-           'unconditional_needs', 'lora_needs', 'make_experiments', 'check_scale', 'check_experiments', 'run_name',
-           'parse_name', 'job', 'notebook_path', 'default_params', 'run_params', 'unknown_params', 'find_faces',
+           'PIXEL_NEEDS', 'LATENT_NEEDS', 'RECIPE_NEEDS', 'CELEBA_NEEDS', 'LORA_NEEDS', 'ON_OTHER_FACES', 'DEMO',
+           'BELOW_PAPER', 'EXPERIMENTS', 'FIGURES', 'DEMO_FIGURE', 'FIGURE_NEEDS', 'VARIANT', 'OWN_FACES', 'ASKED_OF',
+           'unconditional_experiments', 'unconditional_at_scale', 'latent_steps', 'pilot_name', 'recipes',
+           'recipes_at_scale', 'lora_experiments', 'lora_at_scale', 'complete_scale', 'other_recipes_at_scale',
+           'Experiment', 'judged_by', 'unconditional_needs', 'lora_needs', 'make_experiments', 'check_scale',
+           'check_experiments', 'variant_name', 'typed', 'on_other_faces', 'find_experiment', 'run_name', 'parse_name',
+           'fewer_faces', 'job', 'notebook_path', 'default_params', 'run_params', 'unknown_params', 'find_faces',
            'has_faces', 'run_names', 'fingerprint']
 
 # %% ../../nbs/study/00_experiments.ipynb #57b23750
-import ast, hashlib, json, os, re
+import ast, hashlib, json, re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core import root
+from ..data.face_sets import RENDERED_SETS, find_set
 from ..data.layouts import suggest
 
 # %% ../../nbs/study/00_experiments.ipynb #6c7a7bac
@@ -396,6 +398,7 @@ class Experiment:
     needs:dict = field(default_factory=dict)    # Argument -> (experiment, what that leaves in its folder)
     seeded:bool = True                          # False: one seed serves the whole study
     scales:tuple = WHOLE                        # Where it takes part
+    base:str = ''                               # The row of the table that it varies; '' is a row itself
 
 def judged_by(
     classifier:str, # The experiment that trains it
@@ -435,6 +438,8 @@ def lora_needs(params):
     return LORA_NEEDS | dict(classifier=real, feature_network=real)
 
 # %% ../../nbs/study/00_experiments.ipynb #bud00018
+ON_OTHER_FACES = ('classifier', 'parser', 'autoencoder', 'unet', 'dit-s', *CHAIN, 'blind', 'zero-shot', 'lora-uncond',
+                  'lora')
 DEMO = ['attrs', 'published', 'spatial+dropout', 'spatial+guided']  # what `make demo` trains and samples
 BELOW_PAPER = 'smoke', 'laptop', 'gpu'
 
@@ -521,14 +526,64 @@ def check_experiments(
 )->list:        # The same; raises ValueError for the first that is not in the table
     "Refuse experiments that are not there"
     for name in names:
-        if name in EXPERIMENTS: continue
+        if {*'@,'} & {*name} and find_experiment(name) or name in EXPERIMENTS: continue
         near = suggest(name, EXPERIMENTS)
         raise ValueError(f'there is no experiment {name!r}' + (near or f": choose among {', '.join(EXPERIMENTS)}"))
     return list(names)
 
 # %% ../../nbs/study/00_experiments.ipynb #bud0001e
-def run_name(
+VARIANT = re.compile(r'([^@,]+)(@[\w.+-]+)?((?:,\w+=[^,@=/]+)*)')  # experiment, @face set, changed arguments
+OWN_FACES = '30_judges 31_autoencoder 32_unconditional 33_samplers 34_conditional 35_guidance 37_lora 39_blind_answers'
+
+def variant_name(
     experiment:str, # A key of EXPERIMENTS
+    faces:str='',   # Name of a face set; '' leaves the faces of the row
+    changes=(),     # (argument, value), ...
+)->str:             # e.g. spatial@mine,lr=1e-4
+    "Name an experiment on other faces, or with other arguments"
+    return experiment + f'@{faces}'*bool(faces) + ''.join(f',{k}={v}' for k, v in changes)
+
+def typed(notebook, argument, text):
+    "Read the value of an argument; raises ValueError for an unknown one, or a value of another kind"
+    defaults = default_params(notebook)
+    if argument not in defaults or argument in ('run', 'seed'):
+        raise ValueError(f"{notebook} has no argument {argument!r}{suggest(argument, defaults)}: "
+                         f"choose among {', '.join(k for k in defaults if k not in ('run', 'seed'))}")
+    kind = type(defaults[argument])
+    try:
+        return {'True': True, 'False': False}[text] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        raise ValueError(f'{argument}={text} is no {kind.__name__}: {notebook} has {defaults[argument]!r}') from None
+
+def on_other_faces(need, faces):
+    "What a variant needs: the same thing, made of its faces; a base model stays what it is"
+    other, file = need
+    return (variant_name(other, faces) if EXPERIMENTS[other].notebook in OWN_FACES.split() else other), file
+
+def find_experiment(
+    name:str,      # A key of EXPERIMENTS, or a variant: spatial@mine, spatial@mine,lr=1e-4
+)->Experiment:     # Raises ValueError where there is none
+    "Find an experiment of the table, or make a variant of one"
+    if name in EXPERIMENTS: return EXPERIMENTS[name]
+    m = VARIANT.fullmatch(name)
+    base = EXPERIMENTS.get(m[1]) if m else None
+    if base is None: raise ValueError(f'there is no experiment {name!r}{suggest(name.split("@")[0], EXPERIMENTS)}')
+    faces, changes = (m[2] or '')[1:], dict(change.split('=') for change in m[3].split(',') if change)
+    made = {k: f'data/runs/{v}/{base.needs[k][1]}' for k, v in changes.items() if k in base.needs}  # taken by name
+    params = base.params | {k: typed(base.notebook, k, v) for k, v in changes.items()} | made
+    needs = base.needs
+    if faces:
+        if base.notebook not in OWN_FACES.split() or 'faces' in base.params:
+            raise ValueError(f'{base.name} has faces of its own: name an experiment whose faces are those of its scale')
+        params |= dict(faces=faces)
+        if base.notebook == '37_lora':
+            needs = lora_needs(params)
+            needs |= {k: ('classifier', 'judge') for k in ('classifier', 'feature_network')}
+        needs = {k: on_other_faces(need, faces) for k, need in needs.items()}
+    return Experiment(name, base.notebook, params, needs, base.seeded, base.scales, base.name)
+
+def run_name(
+    experiment:str, # A key of EXPERIMENTS, or a variant
     scale:str,      # A key of SCALES
     seed:int,       # 0, 1, ...
 )->str:             # e.g. unet-laptop-s0
@@ -540,7 +595,8 @@ def parse_name(
 )->tuple:     # (Experiment, scale, seed); raises ValueError for a name that no run has
     "Read a run's name"
     m = re.fullmatch(rf"_?(.+)-({'|'.join(SCALES)})-s(\d+)", name)
-    if m and m[1] in EXPERIMENTS and name == run_name(m[1], m[2], int(m[3])): return EXPERIMENTS[m[1]], m[2], int(m[3])
+    if m and name == run_name(m[1], m[2], int(m[3])) and (m[1] in EXPERIMENTS or {*'@,'} & {*m[1]}):
+        return find_experiment(m[1]), m[2], int(m[3])
     seed = re.search(r'-s(\d+)$', name)
     near = suggest(name, [run_name(e, s, int(seed[1]) if seed else 0) for e in EXPERIMENTS for s in SCALES])
     known = '' if near else f", with one of {', '.join(EXPERIMENTS)}"
@@ -548,18 +604,35 @@ def parse_name(
                      f"e.g. {run_name('unet', 'laptop', 0)}{known}")
 
 # %% ../../nbs/study/00_experiments.ipynb #bud00020
+ASKED_OF = dict(n_test='test', samples='test', n_train='train', guidance_val_size='judge')  # argument -> split
+
+def fewer_faces(
+    experiment, # A variant, or a row of the table
+    params:dict # Its arguments at a scale
+)->dict:        # Arguments that ask for more faces than a set of one's own has, lowered to what there is
+    "Fit how many faces are asked for to the set, openly: the numbers are arguments of the run"
+    if not experiment.base or 'faces' not in experiment.params or params['faces'] in RENDERED_SETS: return {}
+    try:
+        counts = find_set(params['faces']).counts
+    except FileNotFoundError: return {}
+    asked = default_params(experiment.notebook) | params
+    apart = 2 if experiment.notebook == '37_lora' else 1  # what is asked for and what it is compared with
+    there = {k: counts[split]//(apart if k == 'samples' else 1) for k, split in ASKED_OF.items() if split in counts}
+    return {k: n for k, n in there.items() if asked.get(k, 0) > n and k not in experiment.params}
+
 def job(
     name:str, # e.g. unet-laptop-s0
 )->dict:      # notebook, params, needs (names of runs)
     "Everything papermill has to know to run `name`"
     experiment, scale, seed = parse_name(name)
     at = SCALES[scale]
-    given = {**at.get(experiment.notebook, {}), **at.get(experiment.name, {})}
+    given = {**at.get(experiment.notebook, {}), **at.get(experiment.base or experiment.name, {})}
     chosen = given | experiment.params
-    def made_by(other): return run_name(other, scale, seed if EXPERIMENTS[other].seeded else 0)
+    def made_by(other): return run_name(other, scale, seed if find_experiment(other).seeded else 0)
     needs = {k: (made_by(other), file) for k, (other, file) in experiment.needs.items() if k not in chosen}
     folders = {k: f'data/runs/{run}/{file}' for k, (run, file) in needs.items()}
     params = {**given, **experiment.params, 'seed': seed, 'run': name, **folders}
+    params |= fewer_faces(experiment, params)
     runs = dict.fromkeys(run for run, _ in needs.values())  # each once
     return dict(notebook=experiment.notebook, params=params, needs=list(runs))
 
@@ -600,23 +673,15 @@ def unknown_params(
     return [k for k in params if k not in known]
 
 # %% ../../nbs/study/00_experiments.ipynb #711ffe2c
-RENDERED_SETS = {'toy': 'flat', 'toy-ink': 'ink', 'toy-mixed': 'mixed'}  # name -> style in which faces are drawn
-
 def find_faces(
-    name:str, # A folder, or the name of one under FACEGEN_FACES
+    name:str, # A name that was given to a folder, a folder, or the name of one under FACEGEN_FACES
 )->Path:      # The folder; raises FileNotFoundError
     "Find real faces"
-    real = os.environ.get('FACEGEN_FACES')
-    places = [Path(name).expanduser(), *([Path(real)/name] if real else [])]
-    for p in places:
-        if p.is_dir(): return p.resolve()
-    looked = ' or '.join(map(str, places)) + suggest(name, RENDERED_SETS)
-    raise FileNotFoundError(f'no faces at {looked}: pass a folder, '
-                            f'or set FACEGEN_FACES to the folder that holds {name!r}')
+    return Path(find_set(name).folder)
 
-def has_faces(experiment):
+def has_faces(experiment, scale):
     "Whether its faces are rendered, or can be found"
-    faces = experiment.params.get('faces', 'toy')
+    faces = job(run_name(experiment.name, scale, 0))['params'].get('faces', 'toy')
     try: return faces in RENDERED_SETS or bool(find_faces(faces))
     except FileNotFoundError: return False
 
@@ -624,14 +689,17 @@ def has_faces(experiment):
 def run_names(
     scale:str,            # A key of SCALES
     seeds:int=1,          # How many seeds the seeded experiments get
-    experiments:list=None # Keys of EXPERIMENTS; None takes all whose faces can be found
+    experiments:list=None,# Keys of EXPERIMENTS, or variants; None takes all whose faces can be found
+    faces:str='',         # A face set: the experiments on these faces, instead of the table's own
 )->list:                  # Names of runs; raises ValueError for a scale or an experiment that is not there
     "List the runs of a study"
     check_scale(scale)
     if experiments is None:
-        chosen = [e for e in EXPERIMENTS.values() if has_faces(e)]
+        on_others = [find_experiment(variant_name(name, faces)) for name in ON_OTHER_FACES] if faces else []
+        chosen = on_others or [e for e in EXPERIMENTS.values() if scale in e.scales and has_faces(e, scale)]
     else:
-        chosen = [EXPERIMENTS[name] for name in check_experiments(experiments)]
+        names = [variant_name(name, faces) for name in check_experiments(experiments)]
+        chosen = [find_experiment(name) for name in names]
     return [run_name(e.name, scale, s) for e in chosen if scale in e.scales for s in range(seeds if e.seeded else 1)]
 
 # %% ../../nbs/study/00_experiments.ipynb #bud00025
