@@ -172,7 +172,8 @@ def read_progress(
 )->tuple:      # (last line of a bar or '', all that was announced)
     "Read how far a run is"
     try:
-        lines = [line.strip() for line in re.split(r'[\r\n]', path.read_text())]
+        text = re.sub(r'\x1b\[[0-9;]*[A-Za-z]', '', path.read_text())  # bars below each other move the cursor
+        lines = [line.strip() for line in re.split(r'[\r\n]', text)]
     except FileNotFoundError: return '', []  # it has just ended
     bars = [line for line in lines if line and line[0] != '#']
     return (bars or [''])[-1], [line[2:] for line in lines if line[:2] == '# ']
