@@ -212,7 +212,7 @@ def test_a_terminal_shows_one_line_a_run_in_place_and_a_file_few():
 def test_of_announcements_that_begin_alike_the_first_is_repeated(home):
     path, file, said = home/'a-run.progress', io.StringIO(), set()
     status = runner.StatusLines(file, every=0)
-    path.write_text('training: 0 %\r# preview after 1 step: p1\ntraining: 5 %, loss=0.2, 00:09 left\r')
+    path.write_text('training: 0 %\r\x1b[A# preview after 1 step: p1\ntraining: 5 %, loss=0.2, 00:09 left\r')
     runner.show_files([path], status, said)
     with path.open('a') as f:
         f.write('# preview after 2 steps: p2\n# resumed\n\ntraining: 7 %\r')
