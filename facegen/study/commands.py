@@ -104,9 +104,13 @@ def contact_sheet(
         pixels = decode(src, raw, size, [])
         if pixels:
             ax[0].imshow(pixels[0].transpose(1, 2, 0))
-            ax[1].imshow((mask_rgb(torch.from_numpy(pixels[1]).long()).movedim(0, -1).numpy() + 1)/2)
+            if raw.masks:
+                ax[1].imshow((mask_rgb(torch.from_numpy(pixels[1]).long()).movedim(0, -1).numpy() + 1)/2)
+            else:
+                ax[1].text(.5, .8, 'no mask', ha='center', fontsize=6, color='grey')
         present = [name for name, value in zip(ATTRIBUTES, raw.attrs) if value == 1]
-        ax[2].text(.5, 1, '\n'.join(present[:6]), ha='center', va='top', fontsize=5)
+        known = any(value == value for value in raw.attrs)
+        ax[2].text(.5, 1, '\n'.join(present[:6]) if known else 'attributes unknown', ha='center', va='top', fontsize=5)
         ax[0].set_title(raw.id[-14:], fontsize=6)
         for one in ax:
             one.axis('off')
