@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERBS', 'describe_time', 'plan', 'pack', 'launch', 'contact_sheet', 'inspect', 'samples', 'keep', 'eyes', 'judge',
-           'draw', 'figures', 'table', 'study', 'demo', 'next_steps', 'sample', 'overview', 'read_arguments', 'main']
+           'draw', 'figures', 'table', 'check_paper_faces', 'study', 'demo', 'next_steps', 'sample', 'overview',
+           'read_arguments', 'main']
 
 # %% ../../nbs/study/09_commands.ipynb #co000004
 import os, sys
@@ -15,6 +16,7 @@ from fastcore.script import Param, anno_parser, store_true
 
 from .. import __version__
 from ..core import ATTRIBUTES, load_result, output_root, root, run_folder
+from ..data.face_sets import find_set
 from ..data.layouts import suggest
 from .experiments import (DEMO, DEMO_FIGURE, EXPERIMENTS, FIGURES, SCALES, check_experiments, check_scale,
                                        parse_name, run_name, run_names, variant_name)
@@ -239,6 +241,15 @@ def table(
         print(f'figure: {runner.figure_path(notebook, scale).relative_to(root())}')
 
 # %% ../../nbs/study/09_commands.ipynb #co00000h
+def check_paper_faces():
+    "Raise FileNotFoundError unless the photos of the paper are at hand"
+    try:
+        find_set('CelebAMask-HQ')
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            'scale paper is CelebAMask-HQ, which is not found: get it from github.com/switchablenorms/CelebAMask-HQ '
+            '(for non-commercial research), and export FACEGEN_FACES=/folder that holds it') from None
+
 def study(
     scale:str,   # smoke, demo, laptop, gpu or paper
     seeds:int=1, # How many seeds the seeded experiments get
@@ -247,6 +258,8 @@ def study(
 ):
     "Run every experiment, plot the figures, print the table"
     from facegen.study import runner
+    if scale == 'paper':
+        check_paper_faces()
     if faces:
         own = runner.ready_set(faces, check_scale(scale)).name
         runs = run_names(scale, seeds, faces=own)
