@@ -337,6 +337,8 @@ def test_copies_are_reported_and_never_on_two_sides_of_a_split(tmp_path, capsys)
     assert '20 pairs of faces are nearly the same picture' in capsys.readouterr().err
     part_of = {faces.ids[i]: name for name, rows in split(faces).items() if name != 'small' for i in rows.tolist()}
     assert all(part_of[f'{i:03d}'] == part_of[f'copy-{i:03d}'] for i in range(20)) and len(set(part_of.values())) == 3
+    some = faces.subset(slice(0, 50))  # without most of the copies
+    assert sum(len(v) for k, v in split(some).items() if k != 'small') == 50
 
 
 def test_copies_across_a_split_by_numbers_leave_the_training(tmp_path):

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MIRROR_PAIRS', 'MIRRORED_CLASS', 'MIRRORED_INDEX', 'SPLIT_SHARES', 'Face', 'resize', 'mirrored_index', 'mirror_mask',
            'flip_faces', 'row_views', 'copy_rows', 'digest', 'from_stored', 'as_index', 'Faces', 'load_faces',
-           'shuffle_key', 'official_split', 'split_units', 'assign_splits', 'is_celebamask', 'paper_split',
-           'leave_out_copies', 'split', 'random_subset', 'at_least', 'ATTRIBUTES', 'PARTS', 'BadFaces', 'prepare']
+           'shuffle_key', 'official_split', 'copies_among', 'split_units', 'assign_splits', 'is_celebamask',
+           'paper_split', 'leave_out_copies', 'split', 'random_subset', 'at_least', 'ATTRIBUTES', 'PARTS', 'BadFaces',
+           'prepare']
 
 # %% ../../nbs/data/03_faces.ipynb #de271344
 import hashlib, json
@@ -163,6 +164,13 @@ def official_split(faces, seed):
                          f"none: pack them with {MAPPING} or a column celeba_file, or use 'paper'")
     return ['train' if n <= 162770 else 'judge' if n <= 182637 else 'test' for n in faces.celeba.tolist()]
 
+def copies_among(
+    faces, # Packed faces, or some of them
+)->list:   # Pairs of ids
+    "The copies that `packing` found, where both are here"
+    here = set(faces.ids)
+    return [pair for pair in faces.meta.get('copies', ()) if here.issuperset(pair)]
+
 def split_units(
     faces, # Packed faces
 )->list:   # A name for each face; what has one name stays together
@@ -174,7 +182,7 @@ def split_units(
         while unit in merged:
             unit = merged[unit]
         return unit
-    for pair in faces.meta.get('copies', ()):
+    for pair in copies_among(faces):
         one, other = sorted(named(unit_of[f]) for f in pair)
         if one != other:
             merged[other] = one
@@ -215,7 +223,7 @@ def leave_out_copies(
 )->list:         # The same, None for a copy that is left out
     "Of copies on two sides of a split, keep the one that is tested with, then the one that judges learn from"
     place, splits = {f: i for i, f in enumerate(faces.ids)}, list(splits)
-    for pair in faces.meta.get('copies', ()):
+    for pair in copies_among(faces):
         one, other = sorted((place[f] for f in pair), key=lambda i: list(SPLIT_SHARES).index(splits[i] or 'train'))
         if splits[one] != splits[other]:
             splits[other] = None
