@@ -35,7 +35,8 @@ def folder(packed):
 
 def with_needs(runs):
     "Runs and all that they need, however far away"
-    return runs and [*runs, *with_needs([n for run in runs for n in job(run)['needs']])]
+    needed = {n for run in runs for n in job(run)['needs']}  # each once, however many need it
+    return {*runs} | with_needs(needed) if runs else set()
 
 PACKED = {packed: folder(packed) for run in {*STUDY, *SHOWN, *with_needs(RUNS)} for packed in faces(run)}
 BY_PATH = {path: packed for packed, path in PACKED.items()}

@@ -59,7 +59,8 @@ def pack(
         return load_faces(prepare(s.folder, folder, side, s.skip_bad, reading=s.reading))
     by = {k: (load(str(judge_folder(run)))[0].to(device()), run) if run else None
           for k, load, run in (('parser', load_parser, s.parser), ('classifier', load_classifier, s.classifier))}
-    return fill_in(bare(size), bare(max(64, size)), out, **by)  # networks look at larger faces
+    faces = bare(size)
+    return fill_in(faces, faces if size >= 64 else bare(64), out, **by)  # networks look at larger faces
 
 def with_labellers(
     found:FaceSet,     # A face set
