@@ -90,11 +90,11 @@ def test_a_plan_names_what_is_left_out(home, capsys, monkeypatch):
     text = said(capsys, 'plan laptop 1')
     rendered = [e for e in experiments.EXPERIMENTS.values() if e.params.get('faces', 'toy').startswith('toy')]
     n = sum('laptop' in e.scales for e in rendered)
-    assert f'{n} of {n} runs' in text and 'left out' in text and 'unet-celeba64' in text
+    assert f'{n} of {n} runs' in text and 'left out' in text and 'parser-pairs128' in text
     assert '12 of 12 runs' in said(capsys, 'plan laptop 12 unet --jobs 1')
-    (home/'celeba64').mkdir()
+    (home/'pairs128').mkdir()
     monkeypatch.setenv('FACEGEN_FACES', str(home))
-    assert 'unet-celeba64' not in said(capsys, 'plan laptop 1')
+    assert 'parser-pairs128' not in said(capsys, 'plan laptop 1')
 
 
 def test_a_stopped_command_says_how_to_go_on(monkeypatch):

@@ -87,10 +87,10 @@ def test_below_the_published_scale_families_work_in_latents_and_details_in_pixel
 def test_faces_are_looked_up(tmp_path, monkeypatch):
     monkeypatch.delenv('FACEGEN_FACES', raising=False)
     monkeypatch.chdir(tmp_path)
-    assert 'unet-celeba64-laptop-s0' not in experiments.run_names('laptop')
-    (tmp_path/'real'/'celeba64').mkdir(parents=True)
+    assert 'parser-pairs128-laptop-s0' not in experiments.run_names('laptop')
+    (tmp_path/'real'/'pairs128').mkdir(parents=True)
     monkeypatch.setenv('FACEGEN_FACES', str(tmp_path/'real'))
-    assert 'unet-celeba64-laptop-s0' in experiments.run_names('laptop')
+    assert 'parser-pairs128-laptop-s0' in experiments.run_names('laptop')
     with pytest.raises(FileNotFoundError, match='FACEGEN_FACES'):
         experiments.find_faces('celeba65')
 

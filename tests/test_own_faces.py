@@ -86,13 +86,28 @@ def test_what_it_needs_may_be_taken_by_name():
     assert runner.from_weights(this)['params']['parser'] == 'data/weights/parser-laptop-s0/judge'
 
 
+def test_a_set_may_name_its_judges_and_none_judges_its_own_labels(home, capsys):
+    folder_of('bare', home/'own', 3)
+    commands.main(['inspect', str(home/'own'), '--judge-classifier', 'classifier32-laptop-s0'])
+    assert "missing     attributes: filled in by classifier-laptop-s0" in capsys.readouterr().out
+    this = job('spatial@own-laptop-s0')
+    assert this['params']['classifier'] == 'data/runs/classifier32-laptop-s0/judge'
+    assert {n for n in this['needs'] if 'classifier' in n} == {'classifier32@own-laptop-s0'}
+    assert 'classifier@own-laptop-s0' not in run_names('laptop', faces='own')
+    by_hand = job('spatial@own,classifier=classifier@own-gpu-s0-laptop-s0')['params']['classifier']
+    assert by_hand == 'data/runs/classifier@own-gpu-s0/judge', 'what the command names comes first'
+    own = '--judge-parser', 'parser-laptop-s0', '--parser', 'parser-laptop-s0'
+    with pytest.raises(SystemExit, match='parser-laptop-s0 would judge its own labels: name another --parser'):
+        commands.main(['inspect', str(home/'own'), *own])
+
+
 @pytest.mark.parametrize('name, message', [
     ('spatail@mine', "there is no experiment 'spatail@mine' (did you mean 'spatial'?)"),
     ('spatial,lrr=1', "34_conditional has no argument 'lrr' (did you mean 'lr'?)"),
     ('spatial,seed=1', "34_conditional has no argument 'seed'"),
     ('spatial,steps=many', 'steps=many is no int: 34_conditional has 20'),
     ('unet,flip=maybe', 'flip=maybe is no bool'),
-    ('attrs-celeba64@mine', 'attrs-celeba64 has faces of its own'),
+    ('parser-pairs128@mine', 'parser-pairs128 has faces of its own'),
     ('costs@mine', 'costs has faces of its own'),
     ('spatial@a/b', "there is no experiment 'spatial@a/b'")])
 def test_a_wrong_variant_is_refused_in_one_sentence(name, message):
@@ -157,6 +172,16 @@ def test_what_shall_not_be_filled_in_stays_unknown(home, capsys):
     assert faces.attrs.isnan().all() and (faces[:].mask == -1).all()
     with pytest.raises(SystemExit, match='there is no judge at .*: name a run that trained one'):
         commands.main(['inspect', str(home/'own'), '--parser', 'parser-nowhere-s0'])
+
+
+def test_options_are_written_as_people_write_them(capsys):
+    for wrong in ('--help', '--nonsense'):
+        with pytest.raises(SystemExit):
+            commands.main(['inspect', 'x', wrong])
+        said = capsys.readouterr()
+        assert '--skip-bad' in said.out + said.err and 'skip_bad' not in said.out + said.err
+    for option in ('--skip-bad', '--skip_bad'):
+        assert commands.read_arguments('inspect', ['x', option])['skip_bad'] is True
 
 
 def test_problems_are_listed_before_anything_is_kept(home, capsys):

@@ -8,19 +8,16 @@ from facegen.core import load_result, root
 from facegen.models.dit import BACKBONES
 from facegen.models.flops import count_flops
 from facegen.study import experiments
-from facegen.synthetic.toyfaces import write_toyfaces
 
 UNCONDITIONAL = [name for name, e in experiments.EXPERIMENTS.items() if e.notebook == '32_unconditional']
 
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
-    "One root for all, so that faces are rendered once; a folder called celeba64 holds toy faces"
+    "One root for all, so that faces are rendered once"
     folder = tmp_path_factory.mktemp('runs')
-    write_toyfaces(folder/'real'/'celeba64', 64, 64)
     with pytest.MonkeyPatch.context() as m:
         m.setenv('FACEGEN_ROOT', str(folder))
-        m.setenv('FACEGEN_FACES', str(folder/'real'))
         yield folder
 
 

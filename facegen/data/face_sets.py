@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RENDERED_SETS', 'FaceSet', 'set_name', 'sets_path', 'kept_sets', 'check_set_name', 'keep_set', 'find_set',
-           'known_attributes', 'describe', 'lacks']
+           'known_attributes', 'describe', 'named_judges', 'lacks']
 
 # %% ../../nbs/data/06_face_sets.ipynb #2a00b849
 import json, math, os, re
@@ -26,12 +26,14 @@ class FaceSet:
     skip_bad:bool = False     # Leave out faces that have a problem
     parser:str = ''           # Run whose parser labels the masks that are missing; '' leaves them out
     classifier:str = ''       # Run whose classifier predicts the attributes that are missing; '' leaves them out
+    judge_parser:str = ''     # Run whose parser judges; '' trains one on the judge split
+    judge_classifier:str = '' # Run whose classifier judges; '' trains one on the judge split
     counts:dict = field(default_factory=dict, compare=False) # Faces of each split, once they are known
 
     @property
-    def how(self):  # Names all but the folder's content; '' where everything is as usual
-        usual = FaceSet(self.name, self.folder)
-        return '' if self == usual else repr((tuple(self.reading), self.skip_bad, self.parser, self.classifier))
+    def how(self):  # Names all that packing depends on but the folder's content; '' where everything is as usual
+        here, usual = ((tuple(s.reading), s.skip_bad, s.parser, s.classifier) for s in (self, FaceSet('', '')))
+        return '' if here == usual else repr(here)
 
 def set_name(
     folder:Path, # A folder
@@ -108,6 +110,15 @@ def describe(
     if len(listing.problems) > 5:
         lines.append(f'            and {len(listing.problems) - 5} more problems')
     return lines
+
+def named_judges(
+    name:str, # A name that was given, a folder, or the name of one under FACEGEN_FACES
+)->dict:      # classifier, parser: the run that trained it, where one was named
+    "Say which judges of a set need not be trained"
+    try:
+        s = find_set(name)
+    except FileNotFoundError: return {}
+    return {k: run for k, run in (('classifier', s.judge_classifier), ('parser', s.judge_parser)) if run}
 
 def lacks(
     listing:Listing, # From `read_raw`

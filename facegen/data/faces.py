@@ -6,8 +6,8 @@
 __all__ = ['MIRROR_PAIRS', 'MIRRORED_CLASS', 'MIRRORED_INDEX', 'SPLIT_SHARES', 'Face', 'resize', 'mirrored_index', 'mirror_mask',
            'flip_faces', 'row_views', 'copy_rows', 'digest', 'from_stored', 'as_index', 'Faces', 'load_faces',
            'shuffle_key', 'official_split', 'copies_among', 'split_units', 'assign_splits', 'is_celebamask',
-           'paper_split', 'leave_out_copies', 'split', 'random_subset', 'at_least', 'ATTRIBUTES', 'PARTS', 'BadFaces',
-           'prepare']
+           'paper_split', 'leave_out_copies', 'split', 'halves', 'random_subset', 'at_least', 'ATTRIBUTES', 'PARTS',
+           'BadFaces', 'prepare']
 
 # %% ../../nbs/data/03_faces.ipynb #de271344
 import hashlib, json
@@ -242,6 +242,14 @@ def split(
     shuffled = sorted(rows['train'], key=lambda i: shuffle_key(ids[i], seed))
     rows['small'] = sorted(shuffled[:-(-len(shuffled)//10)])  # a tenth, rounded up
     return {k: torch.tensor(v, dtype=torch.long) for k, v in rows.items()}
+
+# %% ../../nbs/data/03_faces.ipynb #d7c2da1f
+def halves(
+    faces:Faces, # Packed faces
+)->tuple:        # Their two halves, as `Faces`; photos of one person, and copies of one photo, are in one of them
+    "Divide faces in two, so that of two networks neither has seen what the other learnt from"
+    first = torch.tensor([shuffle_key(unit, 'halves')[0] < 128 for unit in split_units(faces)])
+    return faces.subset(first.nonzero().flatten()), faces.subset((~first).nonzero().flatten())
 
 # %% ../../nbs/data/03_faces.ipynb #c1f0b7e3
 def random_subset(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['VERBS', 'describe_time', 'plan', 'pack', 'launch', 'contact_sheet', 'inspect', 'samples', 'keep', 'eyes', 'judge',
            'draw', 'figures', 'table', 'check_paper_faces', 'study', 'demo', 'next_steps', 'sample', 'overview',
-           'read_arguments', 'main']
+           'with_dashes', 'read_arguments', 'main']
 
 # %% ../../nbs/study/09_commands.ipynb #co000004
-import os, sys
+import os, re, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -130,6 +130,8 @@ def inspect(
     skip_bad:store_true=False, # Leave out faces that have a problem
     parser:str='',          # Run whose parser labels missing masks; none leaves them out
     classifier:str='',      # Run whose classifier predicts missing attributes; none leaves them out
+    judge_parser:str='',    # Run whose parser judges; else one is trained on the set's judge split
+    judge_classifier:str='', # Run whose classifier judges; else one is trained on the set's judge split
 ):
     "Look at a folder of faces, give it a name, and say what can be done with it"
     from facegen.data import face_sets
@@ -140,7 +142,8 @@ def inspect(
     print(*face_sets.describe(listing), sep='\n')
     if listing.problems and not skip_bad:
         raise ValueError(f'mend these, or leave such faces out with --skip-bad ({len(listing.problems)} in all)')
-    found = face_sets.FaceSet(name or face_sets.set_name(Path(src)), src, reading, bool(skip_bad))
+    found = face_sets.FaceSet(name or face_sets.set_name(Path(src)), src, reading, bool(skip_bad),
+                              judge_parser=judge_parser, judge_classifier=judge_classifier)
     from facegen.study import runner
     found, lines = runner.with_labellers(found, listing, parser, classifier)
     face_sets.keep_set(found)
@@ -325,13 +328,21 @@ def overview()->str: # Printed by `facegen --help`
     return '\n'.join(['usage: facegen VERB ...', '', 'Run the study, one experiment at a time.', '', *lines, '',
                       '`facegen VERB --help` explains the arguments of a verb, `facegen --version` says the version.'])
 
+def with_dashes(text):
+    "Write options as people write them: --skip-bad, where the parameter is skip_bad"
+    return re.sub(r'--[a-z_]+', lambda m: m[0].replace('_', '-'), text)
+
 def read_arguments(
     verb:str,   # A key of VERBS
     words:list, # What follows it
 )->dict:        # Arguments of that function; prints and raises SystemExit for --help, or where words do not fit
     "Parse the words after a verb"
-    words = ['--p' if w == '-p' else w for w in words]
-    given = vars(anno_parser(VERBS[verb], prog=f'facegen {verb}').parse_args(words))
+    def as_parameter(option): return '--' + option[0][2:].replace('-', '_')
+    words = ['--p' if w == '-p' else re.sub('^--[a-z-]+', as_parameter, w) for w in words]
+    parser = anno_parser(VERBS[verb], prog=f'facegen {verb}')
+    help_text, usage = parser.format_help(), parser.format_usage()
+    parser.format_help, parser.format_usage = lambda: with_dashes(help_text), lambda: with_dashes(usage)
+    given = vars(parser.parse_args(words))
     return {k: v for k, v in given.items() if k not in ('pdb', 'xtra')}  # two of fastcore's own
 
 def main(

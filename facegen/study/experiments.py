@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'RECIPE', 'X0_ADAMW', 'EPSILON_ADAMW', 'LEARNING_RATES', 'BATCHES', 'CHANGES', 'FAMILIES', 'RAW',
            'MEMORIZATION', 'CURVES', 'PIXELS', 'PILOT', 'PILOT_RATES', 'PILOT_DIT', 'PILOT_BATCHES', 'PILOT_EMA',
-           'ADAMW_STEPS', 'DROPOUT', 'GUIDANCE', 'FORMER_GUIDANCE', 'CHAIN', 'CONTROLS', 'OTHER_RECIPES',
-           'SAMPLING_STEPS', 'CONDITIONAL', 'SAMPLED_FROM', 'REAL_CONDITIONAL', 'ARMS', 'RANKS', 'LORA_SCALING',
-           'OTHER_SCALINGS', 'REAL', 'SMOKE', 'BUDGET', 'PAIRS', 'PARSER', 'JUDGE32', 'PARSER32', 'SAMPLER_SETTINGS',
-           'PAPER_SAMPLERS', 'LAPTOP', 'DEMO_SCALE', 'GPU', 'PAPER_FACES', 'PAPER', 'WITH_INTERVALS', 'SCALES', 'WHOLE',
-           'JUDGES', 'PIXEL_NEEDS', 'LATENT_NEEDS', 'RECIPE_NEEDS', 'CELEBA_NEEDS', 'LORA_NEEDS', 'ON_OTHER_FACES',
-           'DEMO', 'BELOW_PAPER', 'EXPERIMENTS', 'FIGURES', 'DEMO_FIGURE', 'FIGURE_NEEDS', 'VARIANT', 'OWN_FACES',
-           'ASKED_OF', 'unconditional_experiments', 'unconditional_at_scale', 'latent_steps', 'pilot_name', 'recipes',
-           'recipes_at_scale', 'lora_experiments', 'lora_at_scale', 'complete_scale', 'other_recipes_at_scale',
-           'Experiment', 'judged_by', 'unconditional_needs', 'lora_needs', 'make_experiments', 'check_scale',
-           'check_experiments', 'variant_name', 'typed', 'on_other_faces', 'find_experiment', 'run_name', 'parse_name',
-           'fewer_faces', 'job', 'notebook_path', 'default_params', 'run_params', 'unknown_params', 'find_faces',
-           'has_faces', 'run_names', 'fingerprint']
+           'ADAMW_STEPS', 'DROPOUT', 'GUIDANCE', 'CHAIN', 'CONTROLS', 'OTHER_RECIPES', 'SAMPLING_STEPS', 'CONDITIONAL',
+           'SAMPLED_FROM', 'ARMS', 'RANKS', 'LORA_SCALING', 'OTHER_SCALINGS', 'SMOKE', 'BUDGET', 'PAIRS', 'PARSER',
+           'JUDGE32', 'PARSER32', 'SAMPLER_SETTINGS', 'PAPER_SAMPLERS', 'LAPTOP', 'DEMO_SCALE', 'GPU', 'PAPER_FACES',
+           'PAPER', 'WITH_INTERVALS', 'SCALES', 'WHOLE', 'JUDGES', 'PIXEL_NEEDS', 'LATENT_NEEDS', 'RECIPE_NEEDS',
+           'LORA_NEEDS', 'ON_OTHER_FACES', 'DEMO', 'BELOW_PAPER', 'EXPERIMENTS', 'FIGURES', 'DEMO_FIGURE',
+           'FIGURE_NEEDS', 'VARIANT', 'OWN_FACES', 'ASKED_OF', 'unconditional_experiments', 'unconditional_at_scale',
+           'latent_steps', 'pilot_name', 'recipes', 'recipes_at_scale', 'lora_experiments', 'lora_at_scale',
+           'complete_scale', 'other_recipes_at_scale', 'Experiment', 'judged_by', 'unconditional_needs',
+           'make_experiments', 'check_scale', 'check_experiments', 'variant_name', 'typed', 'on_other_faces',
+           'judges_by_name', 'find_experiment', 'run_name', 'parse_name', 'fewer_faces', 'job', 'notebook_path',
+           'default_params', 'run_params', 'unknown_params', 'find_faces', 'has_faces', 'run_names', 'fingerprint']
 
 # %% ../../nbs/study/00_experiments.ipynb #57b23750
 import ast, hashlib, json, re
@@ -24,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core import root
-from ..data.face_sets import RENDERED_SETS, find_set
+from ..data.face_sets import RENDERED_SETS, find_set, named_judges
 from ..data.layouts import suggest
 
 # %% ../../nbs/study/00_experiments.ipynb #6c7a7bac
@@ -63,8 +62,6 @@ def unconditional_experiments()->dict: # Experiment -> arguments that it has at 
     for name, (backbone, _) in NETWORKS.items():
         found[name] = dict(backbone=backbone) | ({} if name in FAMILIES else pixels)
         found[f'{name}-few'] = found[name] | dict(subset=True)
-    for name in FAMILIES:
-        found[f'{name}-celeba64'] = dict(backbone=NETWORKS[name][0], faces='celeba64', n_train=0) | pixels
     for change in (*CHANGES, *LEARNING_RATES, *BATCHES):
         found[f'unet-few-{change}'] = dict(backbone='unet', subset=True) | pixels | CHANGES.get(change, {})
     return found
@@ -86,7 +83,7 @@ def unconditional_at_scale(
     found, pixels = {}, PIXELS.get(scale, {})
     lr, batch, steps = ((base | pixels).get(k, v) for k, v in dict(lr=1e-3, batch=8, steps=20).items())
     for name, params in unconditional_experiments().items():
-        network = NETWORKS[re.sub('-(few|celeba64).*', '', name)][1].get(scale, 'smoke')
+        network = NETWORKS[re.sub('-few.*', '', name)][1].get(scale, 'smoke')
         found[name] = dict(network=network, raw=name in RAW, memorization=name in MEMORIZATION)
         if 'autoencoder' in params:
             found[name] |= pixels | dict(network=network.removesuffix('_latent'))
@@ -160,7 +157,6 @@ def recipes_at_scale(
 # %% ../../nbs/study/00_experiments.ipynb #bud0000d
 DROPOUT = dict(cond_dropout=.1)                                                 # condition dropout in training
 GUIDANCE = dict(attrs_scale=2., mask_scale=2., guidance_interval='0.2 0.8')     # in sampling, chosen by `35_guidance`
-FORMER_GUIDANCE = dict(attrs_scale=3., mask_scale=2.)                           # before there was an interval
 CHAIN = {  # experiment -> arguments that it has at every scale
     'uncond':          dict(conditioning='uncond'),
     'attrs':           dict(conditioning='attrs'),
@@ -193,11 +189,6 @@ OTHER_RECIPES = {  # what differs from `spatial+guided` or from `published`
 SAMPLING_STEPS = {f'steps-{n}': dict(CHAIN['spatial+guided'], sampling_steps=n) for n in (5, 20, 50, 200)}
 CONDITIONAL = CHAIN | CONTROLS | OTHER_RECIPES | SAMPLING_STEPS
 SAMPLED_FROM = {name: 'spatial+dropout' for name in ('spatial+guided', *SAMPLING_STEPS)}  # trained by
-REAL_CONDITIONAL = {
-    'attrs-celeba64':          dict(conditioning='attrs'),
-    'published-celeba64':      dict(conditioning='published'),
-    'spatial+guided-celeba64': dict(conditioning='spatial', **DROPOUT, **FORMER_GUIDANCE)}
-REAL_CONDITIONAL = {k: p | dict(faces='celeba64', autoencoder='') for k, p in REAL_CONDITIONAL.items()}
 
 # %% ../../nbs/study/00_experiments.ipynb #2890d59c
 ARMS = {  # experiment -> arguments at every scale
@@ -219,9 +210,7 @@ def lora_experiments()->dict: # Experiment -> arguments that it has at every sca
     "List the experiments of adaptation"
     ranks = {f'lora-r{r}': dict(rank=r, alpha=float(LORA_SCALING*r)) for r in RANKS}
     scalings = {f'lora-x{k}': {} for k in OTHER_SCALINGS}
-    arms = 'zero-shot', 'full', 'lora-uncond', 'lora'
-    real = {f'{arm}-celeba64': ARMS[arm] | dict(faces='celeba64') for arm in arms}
-    return ARMS | ranks | scalings | real
+    return ARMS | ranks | scalings
 
 def lora_at_scale(
     base:dict, # Arguments that a scale has for all of `37_lora`
@@ -230,7 +219,6 @@ def lora_at_scale(
     return {f'lora-x{k}': dict(alpha=float(k*base.get('rank', 4))) for k in OTHER_SCALINGS}
 
 # %% ../../nbs/study/00_experiments.ipynb #5e0b75d0
-REAL = 'unet dit-s dit-l attrs published spatial+guided'.split()  # what is also trained on real faces
 SMOKE = {
     '32_unconditional': dict(RECIPE),
     'recipe':         dict(network='smoke_latent', n_milestones=1),
@@ -241,8 +229,7 @@ SMOKE = {
     'pixels': dict(network='smoke'),
     '35_guidance':    dict(sampling_steps=4),
     '36_stable_diffusion': dict(face_steps=6, steps=6, sampling_steps=4),
-    '37_lora':        dict(steps=4, sampling_steps=2),
-    **{f'{name}-celeba64': dict(limit=400) | (dict(network='smoke') if name in CONDITIONAL else {}) for name in REAL}}
+    '37_lora':        dict(steps=4, sampling_steps=2)}
 
 # %% ../../nbs/study/00_experiments.ipynb #bud0000f
 BUDGET = 13.67  # TFLOPs that `unet` has spent after its steps
@@ -261,7 +248,8 @@ PAPER_SAMPLERS = ', '.join([  # the first is the reference
 LAPTOP = {
     '30_judges': dict(n_faces=20000, size=64, steps=1500, batch=40, lr=2e-3, n_test=1000),
     'parser':           PARSER,
-    'parser-pairs128':  PARSER | PAIRS,
+    'parser-pairs128':       PARSER | PAIRS,
+    'parser-pairs128-other': PARSER | PAIRS,
     'classifier32':     JUDGE32,
     'parser32':         PARSER32,
     'classifier-mixed': JUDGE32 | dict(steps=4000),
@@ -278,8 +266,6 @@ LAPTOP = {
                            ema=.995, **RECIPE, samples=256, sampling_steps=10, outside='efficientnet-lite0'),
     'pixels': dict(size=32, network='laptop'),
     'longer': dict(steps=2000),
-    **{f'{name}-celeba64': dict(size=32, network='laptop', steps=800, outside='', **X0_ADAMW)
-       for name in REAL[3:]},  # a short training on real faces
     '39_blind_answers': dict(n_faces=20000, size=64, samples=256),
     '35_guidance': dict(n_faces=20000, size=64, samples=256, sampling_steps=10, at='2 2',
                         settings='1 1, 1.5 1.5, 2 2, 3 3, 5 5, 1 0, 0 1, 0 2, 1 2, 2 1, 3 1, 3 2, 2 3, 5 3',
@@ -290,8 +276,7 @@ LAPTOP = {
     '37_lora': dict(n_faces=20000, size=32, n_train=128, rank=8, alpha=24., steps=600, batch=16, lr=3e-3, warmup=20,
                     ema=.98, previews=4, guidance_scales='1 1.5 2 3', guidance_val_size=128, samples=256,
                     sampling_steps=10, outside='efficientnet-lite0'),
-    'full':          dict(lr=3e-4),
-    'full-celeba64': dict(lr=3e-4)}
+    'full': dict(lr=3e-4)}
 
 # %% ../../nbs/study/00_experiments.ipynb #bud00031
 DEMO_SCALE = {'34_conditional': LAPTOP['34_conditional'] | dict(
@@ -303,6 +288,7 @@ DEMO_SCALE = {'34_conditional': LAPTOP['34_conditional'] | dict(
 GPU = {
     '30_judges': dict(n_faces=30000, size=64, steps=6000, batch=128, lr=2e-3, n_test=1000),
     'parser-pairs128': PAIRS,
+    'parser-pairs128-other': PAIRS,
     'classifier32': dict(size=32),
     'parser32':     dict(size=32),
     '31_autoencoder': dict(n_faces=30000, size=64, n_test=1000, widths='64 128 128', layers=2, steps=20000, batch=64,
@@ -318,7 +304,6 @@ GPU = {
                            outside='efficientnet-lite0'),
     'pixels': dict(size=32, network='gpu'),
     'longer': dict(steps=60000),
-    **{f'{name}-celeba64': dict(network='gpu', outside='', **EPSILON_ADAMW) for name in REAL[3:]},
     '39_blind_answers': dict(n_faces=30000, size=64, samples=1024),
     '35_guidance': dict(n_faces=30000, size=64, samples=1024, sampling_steps=20),
     '36_stable_diffusion': dict(network='gpu', autoencoder_faces='toy-mixed', n_faces=30000, size=64,
@@ -327,14 +312,14 @@ GPU = {
     '37_lora': dict(n_faces=10000, size=64, n_train=1000, rank=16, alpha=48., steps=4000, batch=32, lr=3e-4,
                     warmup=100, ema=.999, previews=4, precision='bf16', guidance_scales='1 1.5 2 3 5',
                     guidance_val_size=512, samples=1024, sampling_steps=20, outside='efficientnet-lite0'),
-    'full':          dict(lr=1e-4),
-    'full-celeba64': dict(lr=1e-4)}
+    'full': dict(lr=1e-4)}
 
 # %% ../../nbs/study/00_experiments.ipynb #bud00014
 PAPER_FACES = dict(faces='CelebAMask-HQ', n_faces=0)  # 27,000 photos to train with, 2,700 for judges, 300 to test
 PAPER = {
     '30_judges': dict(faces='CelebAMask-HQ', n_faces=30000, size=64, steps=20000, batch=128, lr=2e-3, n_test=300),
     'parser-pairs128': PAIRS,
+    'parser-pairs128-other': PAIRS,
     'classifier32': dict(size=32),
     'parser32':     dict(size=32),
     '31_autoencoder': dict(PAPER_FACES, size=256, n_test=300, widths='128 256 512', channels=3, codes=8192, layers=2,
@@ -353,9 +338,7 @@ PAPER = {
                     alpha=72., steps=168750, batch=4, lr=3e-4, warmup=500, ema=.9998, previews=25, precision='fp16',
                     checkpointing=True, guidance_scales='1 1.5 2 3 5 7.5', guidance_val_size=300, samples=150,
                     sampling_steps=50),
-    **{f'{name}-celeba64': dict(samples=2048) for name in REAL},
-    'full':          dict(lr=1e-5),
-    'full-celeba64': dict(lr=1e-5)}
+    'full': dict(lr=1e-5)}
 
 # %% ../../nbs/study/00_experiments.ipynb #bud00016
 WITH_INTERVALS = ('30_judges', '31_autoencoder', '32_unconditional', '33_samplers', '34_conditional', '35_guidance',
@@ -411,32 +394,24 @@ def judged_by(
 
 # %% ../../nbs/study/00_experiments.ipynb #bud00017
 JUDGES = {
-    'classifier':          dict(judge='classifier'),
-    'parser':              dict(judge='parser'),
-    'classifier-celeba64': dict(judge='classifier', faces='celeba64'),
-    'parser-pairs128':     dict(judge='parser', faces='pairs128', part='train'),
-    'classifier32':        dict(judge='classifier'),
-    'parser32':            dict(judge='parser'),
-    'classifier-mixed':    dict(judge='classifier', faces='toy-mixed')}  # knows both styles
+    'classifier':            dict(judge='classifier'),
+    'parser':                dict(judge='parser'),
+    'classifier32':          dict(judge='classifier'),
+    'parser32':              dict(judge='parser'),
+    'classifier-mixed':      dict(judge='classifier', faces='toy-mixed'),  # knows both styles
+    'parser-pairs128':       dict(judge='parser', faces='pairs128', part='one half'),    # to label photographs
+    'parser-pairs128-other': dict(judge='parser', faces='pairs128', part='other half')}  # and to judge them
 
 PIXEL_NEEDS = judged_by('classifier32', 'parser32')
 LATENT_NEEDS = judged_by('classifier', 'parser') | {
     'autoencoder': ('autoencoder', 'autoencoder'), 'small_classifier': ('classifier32', 'judge')}
 RECIPE_NEEDS = {k: v for k, v in LATENT_NEEDS.items() if k != 'parser'}
-CELEBA_NEEDS = judged_by('classifier-celeba64', 'parser-pairs128') | {'mask_parser': ('parser-pairs128', 'judge')}
 LORA_NEEDS = {'classifier': ('classifier-mixed', 'judge'), 'feature_network': ('classifier32', 'judge'),
               'base': ('stable', 'pipeline')}
 
 def unconditional_needs(params):
-    "The classifier of the faces it is trained on, and an autoencoder unless it works in pixels"
-    if 'faces' in params: return judged_by('classifier-celeba64')
+    "A classifier, and an autoencoder unless it works in pixels"
     return judged_by('classifier32') if 'autoencoder' in params else RECIPE_NEEDS
-
-def lora_needs(params):
-    "One classifier for both questions where faces are real"
-    if 'faces' not in params: return LORA_NEEDS
-    real = 'classifier-celeba64', 'judge'
-    return LORA_NEEDS | dict(classifier=real, feature_network=real)
 
 # %% ../../nbs/study/00_experiments.ipynb #bud00018
 ON_OTHER_FACES = ('classifier', 'parser', 'autoencoder', 'unet', 'dit-s', *CHAIN, 'blind', 'zero-shot', 'lora-uncond',
@@ -466,12 +441,11 @@ def make_experiments()->list: # Of `Experiment`, in the order in which they are 
         *[conditional(k, p, other_needs.get(k, LATENT_NEEDS)) for k, p in CONDITIONAL.items()],
         once('stable', '36_stable_diffusion', needs=judged_by('classifier-mixed'),
              scales=BELOW_PAPER),  # `paper` takes the hub's
-        *[Experiment(k, '37_lora', p, lora_needs(p)) for k, p in lora_experiments().items()],
+        *[Experiment(k, '37_lora', p, LORA_NEEDS) for k, p in lora_experiments().items()],
         once('costs', '38_costs'),
         once('blind', '39_blind_answers', needs=judged_by('classifier', 'parser')),
         once('guidance', '35_guidance',
-             needs=judged_by('classifier', 'parser') | {'pipeline': ('spatial+dropout', 'pipeline')}),
-        *[conditional(k, p, CELEBA_NEEDS) for k, p in REAL_CONDITIONAL.items()]]
+             needs=judged_by('classifier', 'parser') | {'pipeline': ('spatial+dropout', 'pipeline')})]
 
 EXPERIMENTS = {e.name: e for e in make_experiments()}
 
@@ -533,7 +507,7 @@ def check_experiments(
     return list(names)
 
 # %% ../../nbs/study/00_experiments.ipynb #bud0001e
-VARIANT = re.compile(r'([^@,]+)(@[\w.+-]+)?((?:,\w+=[^,@=/]+)*)')  # experiment, @face set, changed arguments
+VARIANT = re.compile(r'([^@,]+)(@[\w.+-]+)?((?:,\w+=[^,=/]+)*)')  # experiment, @face set, changed arguments
 OWN_FACES = '30_judges 31_autoencoder 32_unconditional 33_samplers 34_conditional 35_guidance 37_lora 39_blind_answers'
 
 def variant_name(
@@ -561,6 +535,11 @@ def on_other_faces(need, faces):
     other, file = need
     return (variant_name(other, faces) if EXPERIMENTS[other].notebook in OWN_FACES.split() else other), file
 
+def judges_by_name(needs, faces):
+    "Arguments for the judges of a face set that need not be trained, since they were named"
+    named = named_judges(faces)
+    return {k: f'data/runs/{named[other]}/judge' for k, (other, _) in needs.items() if other in named}
+
 def find_experiment(
     name:str,      # A key of EXPERIMENTS, or a variant: spatial@mine, spatial@mine,lr=1e-4
 )->Experiment:     # Raises ValueError where there is none
@@ -578,8 +557,8 @@ def find_experiment(
             raise ValueError(f'{base.name} has faces of its own: name an experiment whose faces are those of its scale')
         params |= dict(faces=faces)
         if base.notebook == '37_lora':
-            needs = lora_needs(params)
-            needs |= {k: ('classifier', 'judge') for k in ('classifier', 'feature_network')}
+            needs = needs | {k: ('classifier', 'judge') for k in ('classifier', 'feature_network')}
+        params = judges_by_name(needs, faces) | params
         needs = {k: on_other_faces(need, faces) for k, need in needs.items()}
     return Experiment(name, base.notebook, params, needs, base.seeded, base.scales, base.name)
 
@@ -696,7 +675,8 @@ def run_names(
     "List the runs of a study"
     check_scale(scale)
     if experiments is None:
-        on_others = [find_experiment(variant_name(name, faces)) for name in ON_OTHER_FACES] if faces else []
+        others = [name for name in ON_OTHER_FACES if name not in named_judges(faces)] if faces else []
+        on_others = [find_experiment(variant_name(name, faces)) for name in others]
         chosen = on_others or [e for e in EXPERIMENTS.values() if scale in e.scales and has_faces(e, scale)]
     else:
         names = [variant_name(name, faces) for name in check_experiments(experiments)]

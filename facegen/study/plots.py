@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'METRICS', 'DARK', 'GREY', 'MARKS', 'WIDTH', 'EDGE', 'FACE',
            'forest_words', 'forest']
 
 # %% ../../nbs/study/05_plots.ipynb #f685b76f
-import textwrap
+import re, textwrap
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -60,7 +60,7 @@ def experiment_name(
     row:str, # A key of EXPERIMENTS
 )->str:      # Its name without what all rows of a figure share; the key where it has none
     "Name an experiment for a newcomer"
-    plain = row.removesuffix('-celeba64')
+    plain = re.split('[@,]', row)[0]
     return NAMES.get(plain) or NAMES.get(plain.removesuffix('-few'), row)
 
 # %% ../../nbs/study/05_plots.ipynb #bd49f7c4

@@ -67,8 +67,14 @@ def with_labellers(
     listing,           # What its folder holds, from `read_raw`
     parser:str='',     # Run whose parser labels missing masks; none leaves them out, '' takes the one at hand
     classifier:str='', # The same for attributes
-)->tuple:              # The set with who labels what is missing, and lines to print. Raises FileNotFoundError
+)->tuple:              # The set with its labellers, and lines to print; raises FileNotFoundError, ValueError
     "Choose who fills in what a set lacks"
+    for kind, labels, judges in (('parser', parser, found.judge_parser),
+                                 ('classifier', classifier, found.judge_classifier)):
+        if judges and labels == judges:
+            raise ValueError(f'{labels} would judge its own labels: name another --{kind}, or another --judge-{kind}')
+        if judges:
+            judge_folder(judges)
     chosen, lines = dict(parser='', classifier=''), []
     asked = dict(classifier=(classifier, 'attributes', 'balanced_accuracy'), parser=(parser, 'masks', 'miou'))
     for (kind, (run, what, metric)), missing in zip(asked.items(), lacks(listing)):
