@@ -11,7 +11,7 @@ from facegen.data.face_sets import FaceSet, describe, find_set, keep_set, kept_s
 from facegen.data.faces import load_faces
 from facegen.data.layouts import Reading, read_raw
 from facegen.plotting import to_uint8
-from facegen.study import commands, experiments, runner
+from facegen.study import commands, experiments, own_faces, runner
 from facegen.study.experiments import find_experiment, job, run_name, run_names, variant_name
 from facegen.synthetic.toyfaces import render_faces
 
@@ -151,7 +151,7 @@ def test_what_a_folder_lacks_is_filled_in_and_marked(home, kind, missing, capsys
     for what, run, gone in zip(('attributes', 'masks'), ('classifier-laptop-s0', 'parser-laptop-s0'), missing):
         assert (f'missing     {what}: filled in by {run} (held-out ' in said) == gone
     assert (home/'data/faces/mine-sheet.png').stat().st_size > 10_000 and '--faces mine' in said
-    counts = runner.ready_set('mine', 'smoke').counts
+    counts = own_faces.ready_set('mine', 'smoke').counts
     assert counts == dict(train=36, small=4, judge=15, test=9)
     faces = load_faces(runner.pack('mine', 0, 64))
     assert not faces.attrs.isnan().any() and (faces[:].mask >= 0).all()
@@ -195,15 +195,9 @@ def test_problems_are_listed_before_anything_is_kept(home, capsys):
     assert any('people      unknown' in line for line in describe(read_raw(home/'own')))
 
 
-def test_a_set_that_is_too_small_is_refused_before_training(home):
-    folder_of('bare', home/'own', 20)
-    with pytest.raises(ValueError, match='own is too small: its splits have 12 for train.*at least 8 for test'):
-        runner.ready_set(str(home/'own'), 'smoke')
-
-
 def test_numbers_that_a_set_has_not_are_lowered_openly(home):
     folder_of('bare', home/'own')
-    runner.ready_set(str(home/'own'), 'smoke')
+    own_faces.ready_set(str(home/'own'), 'smoke')
     asked = {name: job(f'{name}@own-laptop-s0')['params'] for name in ('classifier', 'spatial', 'lora', 'blind')}
     assert asked['classifier']['n_test'] == asked['spatial']['samples'] == asked['blind']['samples'] == 9
     assert asked['lora']['samples'] == 4 and asked['lora']['n_train'] == 36

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RENDERED_SETS', 'FaceSet', 'set_name', 'sets_path', 'kept_sets', 'check_set_name', 'keep_set', 'find_set',
-           'known_attributes', 'describe', 'named_judges', 'lacks']
+           'known_attributes', 'describe', 'named_judges', 'unknown_labels', 'lacks']
 
 # %% ../../nbs/data/06_face_sets.ipynb #2a00b849
 import json, math, os, re
@@ -28,7 +28,8 @@ class FaceSet:
     classifier:str = ''       # Run whose classifier predicts the attributes that are missing; '' leaves them out
     judge_parser:str = ''     # Run whose parser judges; '' trains one on the judge split
     judge_classifier:str = '' # Run whose classifier judges; '' trains one on the judge split
-    counts:dict = field(default_factory=dict, compare=False) # Faces of each split, once they are known
+    counts:dict = field(default_factory=dict, compare=False) # Faces of each split, once they are packed
+    unknown:tuple = field(default=(), compare=False) # attributes, masks: what nobody knows of any face, once packed
 
     @property
     def how(self):  # Names all that packing depends on but the folder's content; '' where everything is as usual
@@ -49,7 +50,8 @@ def kept_sets()->dict: # Name -> FaceSet; raises ValueError if the file is damag
     if not path.is_file(): return {}
     try:
         entries = json.loads(path.read_text(encoding='utf-8'))
-        return {e['name']: FaceSet(**e | dict(reading=Reading(*e['reading']))) for e in entries}
+        read = [e | dict(reading=Reading(*e['reading']), unknown=tuple(e.get('unknown', ()))) for e in entries]
+        return {e['name']: FaceSet(**e) for e in read}
     except (ValueError, TypeError, KeyError) as e:
         raise ValueError(f'{path} is damaged ({e}): delete it, and name your folders again') from None
 
@@ -119,6 +121,14 @@ def named_judges(
         s = find_set(name)
     except FileNotFoundError: return {}
     return {k: run for k, run in (('classifier', s.judge_classifier), ('parser', s.judge_parser)) if run}
+
+def unknown_labels(
+    name:str, # A name that was given, a folder, or the name of one under FACEGEN_FACES
+)->tuple:     # attributes, masks: those that nobody knows of any face, as far as it was packed
+    "Say what a set has none of, so that nothing may ask for it"
+    try:
+        return find_set(name).unknown
+    except FileNotFoundError: return ()
 
 def lacks(
     listing:Listing, # From `read_raw`

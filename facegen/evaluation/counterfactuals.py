@@ -18,23 +18,21 @@ def flip_plan(
     attrs:torch.Tensor, # 0, 1 or NaN for unknown, (n,40)
     names=NOT_IN_MASK,  # Attributes that may be flipped
     seed:int=0,         # Names the choice
-)->tuple:               # (requested (n,40), column (n,)): one attribute of each face flipped, and which
-    "Choose one known attribute of each face, all about equally often, and flip it"
+)->tuple:               # (requested (n,40), column (n,)): what is requested after, and which was flipped, -1 for none
+    "Choose one known attribute of each face, all about equally often, and flip it; none where none is known"
     if unknown := [a for a in names if a not in ATTRIBUTES]:
         raise ValueError(f'no attribute {unknown[0]!r} to flip: see ATTRIBUTES')
     g, cols = generator('flips', seed), torch.tensor([ATTRIBUTES.index(a) for a in names])
     known, used = ~attrs[:, cols].isnan(), torch.zeros(len(cols))
-    if (blind := (~known.any(1)).nonzero().flatten()).numel():
-        raise ValueError(f'face {int(blind[0])} and {len(blind) - 1} more know none of the attributes to flip: '
-                         'leave them out')
-    column = torch.zeros(len(attrs), dtype=torch.long)
+    column = torch.full((len(attrs),), -1)
     for i in torch.randperm(len(attrs), generator=g):
         rank = used + torch.rand(len(cols), generator=g)/2 + torch.where(known[i], 0., torch.inf)
+        if not known[i].any(): continue
         least = rank.argmin()  # the least used of those that are known; ties by chance
         used[least] += 1
         column[i] = cols[least]
-    requested, rows = attrs.clone(), torch.arange(len(attrs))
-    requested[rows, column] = 1 - requested[rows, column]
+    requested, rows = attrs.clone(), (column >= 0).nonzero().flatten()
+    requested[rows, column[rows]] = 1 - requested[rows, column[rows]]
     return requested, column
 
 # %% ../../nbs/evaluation/06_counterfactuals.ipynb #63f7017d
@@ -59,12 +57,16 @@ def flip_report(
     before:torch.Tensor,    # Samples for the condition as it was, (n,3,H,W) in [-1,1]
     after:torch.Tensor,     # Samples from the same noise, one attribute flipped
     requested:torch.Tensor, # What was requested after, (n,40)
-    column:torch.Tensor,    # Which attribute was flipped, (n,)
+    column:torch.Tensor,    # Which attribute was flipped, -1 for none, (n,); such faces are left out
     real=None,              # (before, after): faces in which just this attribute really changed
-)->list:                    # Records: flip_success, flip_leakage, then both for each attribute
+)->list:                    # Records: flip_success, flip_leakage, then both for each attribute; none without a flip
     "Ask whether the flipped attribute changed, and how many of the others changed with it"
     pair = dict(zip(('real before', 'real after'), real or ()))
     check_conditions(before, requested, (len(ATTRIBUTES),), after=after, **pair)
+    done = column >= 0
+    if done.sum() < 2: return []
+    before, after, requested, column = (x[done] for x in (before, after, requested, column))
+    real = real and [x[done] for x in real]
     rows = flip_rows(classifier, before, after, requested, column, real)
     records = [r for name, x in rows.items() for r in metric_record(name, torch.mean, x)]
     for c in column.unique().tolist():

@@ -9,13 +9,14 @@ __all__ = ['NETWORKS', 'RECIPE', 'X0_ADAMW', 'EPSILON_ADAMW', 'LEARNING_RATES', 
            'SAMPLED_FROM', 'ARMS', 'RANKS', 'LORA_SCALING', 'OTHER_SCALINGS', 'SMOKE', 'BUDGET', 'PAIRS', 'PARSER',
            'JUDGE32', 'PARSER32', 'SAMPLER_SETTINGS', 'PAPER_SAMPLERS', 'LAPTOP', 'DEMO_SCALE', 'GPU', 'PAPER_FACES',
            'PAPER', 'WITH_INTERVALS', 'SCALES', 'WHOLE', 'JUDGES', 'PIXEL_NEEDS', 'LATENT_NEEDS', 'RECIPE_NEEDS',
-           'LORA_NEEDS', 'ON_OTHER_FACES', 'DEMO', 'BELOW_PAPER', 'EXPERIMENTS', 'FIGURES', 'DEMO_FIGURE',
+           'LORA_NEEDS', 'ON_OTHER_FACES', 'DEMO', 'BELOW_PAPER', 'EXPERIMENTS', 'FIGURES', 'DEMO_FIGURE', 'SET_FIGURE',
            'FIGURE_NEEDS', 'VARIANT', 'OWN_FACES', 'ASKED_OF', 'unconditional_experiments', 'unconditional_at_scale',
            'latent_steps', 'pilot_name', 'recipes', 'recipes_at_scale', 'lora_experiments', 'lora_at_scale',
            'complete_scale', 'other_recipes_at_scale', 'Experiment', 'judged_by', 'unconditional_needs',
            'make_experiments', 'check_scale', 'check_experiments', 'variant_name', 'typed', 'on_other_faces',
-           'judges_by_name', 'find_experiment', 'run_name', 'parse_name', 'fewer_faces', 'job', 'notebook_path',
-           'default_params', 'run_params', 'unknown_params', 'find_faces', 'has_faces', 'run_names', 'fingerprint']
+           'judges_by_name', 'without_unknown', 'find_experiment', 'run_name', 'parse_name', 'fewer_faces', 'job',
+           'notebook_path', 'default_params', 'run_params', 'unknown_params', 'find_faces', 'has_faces', 'run_names',
+           'fingerprint']
 
 # %% ../../nbs/study/00_experiments.ipynb #57b23750
 import ast, hashlib, json, re
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core import root
-from ..data.face_sets import RENDERED_SETS, find_set, named_judges
+from ..data.face_sets import RENDERED_SETS, find_set, named_judges, unknown_labels
 from ..data.layouts import suggest
 
 # %% ../../nbs/study/00_experiments.ipynb #6c7a7bac
@@ -414,8 +415,8 @@ def unconditional_needs(params):
     return judged_by('classifier32') if 'autoencoder' in params else RECIPE_NEEDS
 
 # %% ../../nbs/study/00_experiments.ipynb #bud00018
-ON_OTHER_FACES = ('classifier', 'parser', 'autoencoder', 'unet', 'dit-s', *CHAIN, 'blind', 'zero-shot', 'lora-uncond',
-                  'lora')
+ON_OTHER_FACES = ('classifier', 'parser', 'autoencoder', 'unet', 'dit-s', *CHAIN, 'mask-only', 'blind', 'zero-shot',
+                  'lora-uncond', 'lora')
 DEMO = ['attrs', 'published', 'spatial+dropout', 'spatial+guided']  # what `make demo` trains and samples
 BELOW_PAPER = 'smoke', 'laptop', 'gpu'
 
@@ -469,6 +470,7 @@ FIGURES = {  # notebook -> name of its figure
     '55_faces':            'what-did-the-recipe-do',
     '56_replication':      'what-do-the-defects-cost'}
 DEMO_FIGURE = '53_demo'
+SET_FIGURE = '57_own_faces'  # drawn for a face set: what-does-<set>-say
 FIGURE_NEEDS = {  # notebook -> experiments without whose results there is no figure
     '40_ema':              ['unet'],
     '41_infonce':          ['attrs', 'attrs+nce'],
@@ -540,6 +542,12 @@ def judges_by_name(needs, faces):
     named = named_judges(faces)
     return {k: f'data/runs/{named[other]}/judge' for k, (other, _) in needs.items() if other in named}
 
+def without_unknown(needs, faces):
+    "Needs without judges of what nobody knows of these faces: no network can be taught that"
+    labels = dict(classifier='attributes', parser='masks')
+    def taught(other): return labels.get(EXPERIMENTS[other].params.get('judge'))
+    return {k: need for k, need in needs.items() if taught(need[0]) not in unknown_labels(faces)}
+
 def find_experiment(
     name:str,      # A key of EXPERIMENTS, or a variant: spatial@mine, spatial@mine,lr=1e-4
 )->Experiment:     # Raises ValueError where there is none
@@ -559,6 +567,7 @@ def find_experiment(
         if base.notebook == '37_lora':
             needs = needs | {k: ('classifier', 'judge') for k in ('classifier', 'feature_network')}
         params = judges_by_name(needs, faces) | params
+        needs = without_unknown(needs, faces)
         needs = {k: on_other_faces(need, faces) for k, need in needs.items()}
     return Experiment(name, base.notebook, params, needs, base.seeded, base.scales, base.name)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TIME', 'IDS', 'TRAINED_NETWORKS', 'GPU_TFLOPS', 'EncodeDecode', 'judge_networks', 'autoencoder_networks',
            'input_shape', 'unconditional_networks', 'conditional_networks', 'stable_diffusion_networks',
-           'lora_networks', 'training_cost', 'gpu_hours', 'cost_table']
+           'lora_networks', 'trained_weights', 'training_cost', 'gpu_hours', 'cost_table']
 
 # %% ../../nbs/study/07_training_costs.ipynb #c9c6b1f3
 from functools import lru_cache
@@ -24,7 +24,7 @@ from ..evaluation.judges import Classifier, Parser
 from ..models.autoencoder import make_autoencoder, space_to_depth_of
 from ..models.dit import BACKBONES
 from ..models.flops import count_flops
-from .experiments import EXPERIMENTS, SCALES, default_params, job, run_name
+from .experiments import EXPERIMENTS, SCALES, default_params, find_experiment, job, run_name
 from .runner import results
 
 # %% ../../nbs/study/07_training_costs.ipynb #c67462bc
@@ -101,17 +101,38 @@ def _count_networks(notebook, scale, params):
     with torch.device('meta'):
         return [count_flops(net, *inputs) for net, inputs in TRAINED_NETWORKS[notebook](scale, **dict(params))]
 
+@lru_cache(maxsize=None)
+def _count_weights(notebook, scale, params):
+    "Weights to train, without a forward pass"
+    with torch.device('meta'):
+        networks = [net for net, _ in TRAINED_NETWORKS[notebook](scale, **dict(params))]
+    return sum(p.numel() for net in networks for p in net.parameters() if p.requires_grad)
+
+def _what_it_trains(experiment, scale):
+    "A run's notebook, its arguments, and those of them that its networks are made of"
+    this = find_experiment(experiment)
+    p = {**default_params(this.notebook), **job(run_name(experiment, scale, 0))['params']}
+    used = list(signature(TRAINED_NETWORKS[this.notebook]).parameters)[1:] if this.notebook in TRAINED_NETWORKS else []
+    return this.notebook, p, tuple((k, p[k]) for k in used)
+
+def trained_weights(
+    experiment:str, # Key of EXPERIMENTS, or a variant
+    scale:str,      # Key of SCALES
+)->int:             # Raises ValueError for a network that does not fit its pictures
+    "Count the weights that an experiment trains"
+    notebook, _, used = _what_it_trains(experiment, scale)
+    return _count_weights(notebook, scale, used) if used else 0
+
 def training_cost(
-    experiment:str, # Key of EXPERIMENTS
+    experiment:str, # Key of EXPERIMENTS, or a variant
     scale:str,      # Key of SCALES
 )->dict:            # parameters (trained), tflops (whole training); None where it has no part in that scale
     "Count what an experiment's training takes"
-    this = EXPERIMENTS[experiment]
+    this = find_experiment(experiment)
     if scale not in this.scales: return None
     if this.notebook not in TRAINED_NETWORKS: return dict(parameters=0, tflops=0.)
-    p = {**default_params(this.notebook), **job(run_name(experiment, scale, 0))['params']}
-    used = list(signature(TRAINED_NETWORKS[this.notebook]).parameters)[1:]
-    counts = _count_networks(this.notebook, scale, tuple((k, p[k]) for k in used))
+    notebook, p, used = _what_it_trains(experiment, scale)
+    counts = _count_networks(notebook, scale, used)
     stages = ('face_', '') if len(counts) == 2 else ('',)  # the autoencoder has steps and a batch of its own
     faces = [p[f'{stage}steps']*p[f'{stage}batch'] for stage in stages]
     gflops = sum(c['train_gflops']*n for c, n in zip(counts, faces))
