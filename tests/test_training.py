@@ -80,6 +80,13 @@ def test_one_seed_gives_the_same_bits():
     assert not equal(a, state(seed=1)[0])
 
 
+def test_noise_and_order_have_seeds_of_their_own():
+    "So that a study can vary one and keep the other"
+    both, other_noise, other_order = state()[0], state(noise_seed=1)[0], state(seed=1, noise_seed=0)[0]
+    assert equal(both, state(noise_seed=0)[0]) and equal(state(seed=1)[0], state(seed=1, noise_seed=1)[0])
+    assert not equal(both, other_noise) and not equal(both, other_order) and not equal(other_noise, other_order)
+
+
 def test_workers_do_not_matter():
     assert equal(state()[0], state(workers=2)[0])
 

@@ -38,7 +38,8 @@ class TrainConfig:
     flip:bool = True          # Random horizontal flip of half the faces
     jitter:float = 0.         # Strength of colour jitter; 0 = none
     elastic:float = 0.        # Strength of elastic deformation; 0 = none
-    seed:int = 0              # Seeds order, augmentation, noise and dropout; not the first weights
+    seed:int = 0              # Seeds order and augmentation, and noise and dropout; not the first weights
+    noise_seed:int = -1       # Seeds noise, timesteps and dropout by themselves; -1 = as `seed` says
     device:str = ''           # '' takes the best there is; or cpu, cuda, mps
     workers:int = 0           # Processes that load faces
     save_every:int = 500      # Optimiser steps between checkpoints
@@ -57,6 +58,9 @@ class TrainConfig:
 
     def __post_init__(self):
         check_config(self)
+
+    @property
+    def draws(self): return self.seed if self.noise_seed < 0 else self.noise_seed  # what noise and dropout follow
 
 # %% ../../nbs/training/00_config.ipynb #75190c30
 LIMITS = dict(

@@ -147,9 +147,9 @@ def backward(
     micro = cfg.micro or n
     for a in range(0, n, micro):
         b = min(a + micro, n)
-        torch.manual_seed(generator('dropout', cfg.seed, state.step, first+a).initial_seed())
+        torch.manual_seed(generator('dropout', cfg.draws, state.step, first+a).initial_seed())
         part = type(face)(*(x[a:b].to(where) for x in face))
-        rng = StepRandom(cfg.seed, state.step, cfg.batch, first+a, first+b, where, cfg.device_noise)
+        rng = StepRandom(cfg.draws, state.step, cfg.batch, first+a, first+b, where, cfg.device_noise)
         with state.acc.autocast():
             each = loss(state.model, part, rng)  # (b-a,)
         check_loss(each, rows[a:b], ids, state)
