@@ -557,7 +557,8 @@ def find_experiment(
     base = EXPERIMENTS.get(m[1]) if m else None
     if base is None: raise ValueError(f'there is no experiment {name!r}{suggest(name.split("@")[0], EXPERIMENTS)}')
     faces, changes = (m[2] or '')[1:], dict(change.split('=') for change in m[3].split(',') if change)
-    made = {k: f'data/runs/{v}/{base.needs[k][1]}' for k, v in changes.items() if k in base.needs}  # taken by name
+    taken = {k: base.needs[k][1] for k in base.needs} | dict(pipeline='pipeline')
+    made = {k: f'data/runs/{v}/{taken[k]}' for k, v in changes.items() if k in taken}  # the run that made it is named
     params = base.params | {k: typed(base.notebook, k, v) for k, v in changes.items()} | made
     needs = base.needs
     if faces:
