@@ -106,3 +106,27 @@ def test_fingerprint_follows_arguments_and_code_but_not_prose(tmp_path, monkeypa
     nb.cells[-1].source += '\n1 + 1'
     nbformat.write(nb, tmp_path/'n.ipynb')
     assert experiments.fingerprint('unet-laptop-s0') != a
+
+
+def test_the_lottery_trains_nine_times_and_samples_three_times():
+    "Each run is named, what it samples from is trained before it, and nothing differs but seeds"
+    runs = experiments.lottery('laptop')
+    names = [one['run'] for one in runs]
+    assert len(set(names)) == 81 and {one['experiment'] for one in runs} == set(experiments.LOTTERY)
+    plain = experiments.job('attrs-laptop-s0')['params']
+    for i, one in enumerate(runs):
+        this = experiments.job(one['run'])
+        p = experiments.default_params('34_conditional') | this['params']
+        trained = this['needs'][-1] if 'pipeline' in this['params'] else one['run']
+        assert trained in names[:i + 1], 'a network is trained before others sample from it'
+        q = experiments.default_params('34_conditional') | experiments.job(trained)['params']
+        def seed(p, source): return p['seed'] if p[f'{source}_seed'] < 0 else p[f'{source}_seed']
+        assert [seed(q, k) for k in ('weights', 'order', 'noise')] == [one[k] for k in ('weights', 'order', 'noise')]
+        assert seed(p, 'sampling') == one['sampling']
+        if one['experiment'] == 'attrs':
+            differ = {k for k in p if p[k] != plain.get(k, p[k])}
+            assert differ <= {'run', 'seed', 'weights_seed', 'order_seed', 'noise_seed', 'sampling_seed', 'pipeline'}
+    assert not {*experiments.lottery_rows()} & {*experiments.EXPERIMENTS} and len(experiments.lottery_rows()) == 81
+    for wrong in ('uncond-w0o1n1-laptop-s0', 'uncond-x9-laptop-s0', 'dit-s-x1-laptop-s0'):
+        with pytest.raises(ValueError, match='names no run'):
+            experiments.parse_name(wrong)

@@ -1,4 +1,4 @@
-"""Components of variance: the design is orthogonal, each component is found where it alone is there, holes are named."""
+"""Variance components: the design is orthogonal, each is found where it alone is there, holes are named."""
 import itertools
 
 import numpy as np

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERBS', 'describe_time', 'plan', 'pack', 'launch', 'contact_sheet', 'inspect', 'samples', 'keep', 'eyes', 'judge',
-           'draw', 'figures', 'table', 'check_paper_faces', 'study', 'demo', 'next_steps', 'sample', 'overview',
-           'with_dashes', 'read_arguments', 'main']
+           'draw', 'figures', 'table', 'check_paper_faces', 'study', 'lottery', 'demo', 'next_steps', 'sample',
+           'overview', 'with_dashes', 'read_arguments', 'main']
 
 # %% ../../nbs/study/10_commands.ipynb #co000004
 import os, re, sys
@@ -18,6 +18,7 @@ from .. import __version__
 from ..core import ATTRIBUTES, load_result, output_root, root, run_folder
 from ..data.face_sets import find_set
 from ..data.layouts import suggest
+from .experiments import lottery as lottery_runs
 from .experiments import (DEMO, DEMO_FIGURE, EXPERIMENTS, FIGURES, SCALES, check_experiments, check_scale,
                                        parse_name, run_name, run_names, variant_name)
 
@@ -281,6 +282,16 @@ def study(
     runner.run_batch('study', jobs, dict(scale=scale, seeds=seeds))
     table(scale)
 
+def lottery(
+    scale:str,  # smoke, laptop or gpu
+    jobs:int=2, # Runs at a time
+):
+    "Train and sample the control lottery: whose luck is a number?"
+    from facegen.study import own_faces, runner
+    runs = [one['run'] for one in lottery_runs(check_scale(scale))]
+    own_faces.check_batch(runs)
+    runner.run_batch('runs', jobs, dict(scale=scale, runs=' '.join(runs)))
+
 def demo(
     scale:str='demo', # demo, or smoke to see in two minutes that everything is connected
     jobs:int=3,       # Runs at a time
@@ -327,7 +338,7 @@ def sample(
 
 # %% ../../nbs/study/10_commands.ipynb #co00000f
 VERBS = {f.__name__: f for f in (
-    demo, study, inspect, plan, pack, launch, sample, keep, samples, eyes, judge, draw, figures, table)}
+    demo, study, lottery, inspect, plan, pack, launch, sample, keep, samples, eyes, judge, draw, figures, table)}
 
 def overview()->str: # Printed by `facegen --help`
     "List the verbs, one line each"

@@ -10,17 +10,18 @@ __all__ = ['NETWORKS', 'RECIPE', 'X0_ADAMW', 'EPSILON_ADAMW', 'LEARNING_RATES', 
            'JUDGE32', 'PARSER32', 'SAMPLER_SETTINGS', 'PAPER_SAMPLERS', 'LAPTOP', 'DEMO_SCALE', 'GPU', 'PAPER_FACES',
            'PAPER', 'WITH_INTERVALS', 'SCALES', 'WHOLE', 'JUDGES', 'PIXEL_NEEDS', 'LATENT_NEEDS', 'RECIPE_NEEDS',
            'LORA_NEEDS', 'ON_OTHER_FACES', 'DEMO', 'BELOW_PAPER', 'EXPERIMENTS', 'FIGURES', 'DEMO_FIGURE', 'SET_FIGURE',
-           'FIGURE_NEEDS', 'VARIANT', 'OWN_FACES', 'ASKED_OF', 'unconditional_experiments', 'unconditional_at_scale',
-           'latent_steps', 'pilot_name', 'recipes', 'recipes_at_scale', 'lora_experiments', 'lora_at_scale',
-           'complete_scale', 'other_recipes_at_scale', 'Experiment', 'judged_by', 'unconditional_needs',
-           'make_experiments', 'check_scale', 'check_experiments', 'variant_name', 'typed', 'on_other_faces',
-           'judges_by_name', 'without_unknown', 'find_experiment', 'run_name', 'parse_name', 'fewer_faces', 'job',
-           'notebook_path', 'default_params', 'run_params', 'unknown_params', 'find_faces', 'has_faces', 'run_names',
-           'fingerprint']
+           'FIGURE_NEEDS', 'LOTTERY_ROW', 'VARIANT', 'OWN_FACES', 'ASKED_OF', 'LOTTERY', 'unconditional_experiments',
+           'unconditional_at_scale', 'latent_steps', 'pilot_name', 'recipes', 'recipes_at_scale', 'lora_experiments',
+           'lora_at_scale', 'complete_scale', 'other_recipes_at_scale', 'Experiment', 'judged_by',
+           'unconditional_needs', 'make_experiments', 'check_scale', 'check_experiments', 'variant_name', 'typed',
+           'on_other_faces', 'judges_by_name', 'without_unknown', 'is_lottery', 'find_experiment', 'run_name',
+           'parse_name', 'fewer_faces', 'job', 'notebook_path', 'default_params', 'run_params', 'unknown_params',
+           'find_faces', 'has_faces', 'run_names', 'lottery_name', 'lottery_rows', 'lottery', 'fingerprint']
 
 # %% ../../nbs/study/00_experiments.ipynb #57b23750
 import ast, hashlib, json, re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from ..core import root
@@ -509,6 +510,7 @@ def check_experiments(
     return list(names)
 
 # %% ../../nbs/study/00_experiments.ipynb #bud0001e
+LOTTERY_ROW = re.compile(r'\w+(-w\do\dn\d(-x\d)?|-x\d)')  # of `lottery_rows`
 VARIANT = re.compile(r'([^@,]+)(@[\w.+-]+)?((?:,\w+=[^,=/]+)*)')  # experiment, @face set, changed arguments
 OWN_FACES = '30_judges 31_autoencoder 32_unconditional 33_samplers 34_conditional 35_guidance 37_lora 39_blind_answers'
 
@@ -548,17 +550,19 @@ def without_unknown(needs, faces):
     def taught(other): return labels.get(EXPERIMENTS[other].params.get('judge'))
     return {k: need for k, need in needs.items() if taught(need[0]) not in unknown_labels(faces)}
 
+def is_lottery(name): return bool(LOTTERY_ROW.fullmatch(name)) and name in lottery_rows()
+
 def find_experiment(
     name:str,      # A key of EXPERIMENTS, or a variant: spatial@mine, spatial@mine,lr=1e-4
 )->Experiment:     # Raises ValueError where there is none
     "Find an experiment of the table, or make a variant of one"
     if name in EXPERIMENTS: return EXPERIMENTS[name]
+    if is_lottery(name): return lottery_rows()[name]
     m = VARIANT.fullmatch(name)
     base = EXPERIMENTS.get(m[1]) if m else None
     if base is None: raise ValueError(f'there is no experiment {name!r}{suggest(name.split("@")[0], EXPERIMENTS)}')
     faces, changes = (m[2] or '')[1:], dict(change.split('=') for change in m[3].split(',') if change)
-    taken = {k: base.needs[k][1] for k in base.needs} | dict(pipeline='pipeline')
-    made = {k: f'data/runs/{v}/{taken[k]}' for k, v in changes.items() if k in taken}  # the run that made it is named
+    made = {k: f'data/runs/{v}/{base.needs[k][1]}' for k, v in changes.items() if k in base.needs}  # taken by name
     params = base.params | {k: typed(base.notebook, k, v) for k, v in changes.items()} | made
     needs = base.needs
     if faces:
@@ -585,7 +589,7 @@ def parse_name(
 )->tuple:     # (Experiment, scale, seed); raises ValueError for a name that no run has
     "Read a run's name"
     m = re.fullmatch(rf"_?(.+)-({'|'.join(SCALES)})-s(\d+)", name)
-    if m and name == run_name(m[1], m[2], int(m[3])) and (m[1] in EXPERIMENTS or {*'@,'} & {*m[1]}):
+    if m and name == run_name(m[1], m[2], int(m[3])) and (m[1] in EXPERIMENTS or {*'@,'} & {*m[1]} or is_lottery(m[1])):
         return find_experiment(m[1]), m[2], int(m[3])
     seed = re.search(r'-s(\d+)$', name)
     near = suggest(name, [run_name(e, s, int(seed[1]) if seed else 0) for e in EXPERIMENTS for s in SCALES])
@@ -692,6 +696,49 @@ def run_names(
         names = [variant_name(name, faces) for name in check_experiments(experiments)]
         chosen = [find_experiment(name) for name in names]
     return [run_name(e.name, scale, s) for e in chosen if scale in e.scales for s in range(seeds if e.seeded else 1)]
+
+# %% ../../nbs/study/00_experiments.ipynb #aacb1bfb
+LOTTERY = 'uncond', 'attrs', 'spatial'
+
+def lottery_name(experiment, seeds):
+    "Name a training of the lottery: a plain row where its three seeds are one"
+    if len({*seeds}) == 1: return experiment
+    return f'{experiment}-' + ''.join(f'{letter}{seed}' for letter, seed in zip('won', seeds))
+
+@lru_cache(maxsize=None)
+def lottery_rows()->dict: # Name -> Experiment
+    "List the rows of the lottery that are not in the table"
+    from facegen.evaluation.variance import LEVELS, SOURCES, trainings
+    rows = {}
+    for e in LOTTERY:
+        for seeds in trainings():
+            name = lottery_name(e, seeds)
+            if name == e: continue
+            changes = {f'{source}_seed': seed for source, seed in zip(SOURCES, seeds)}
+            params = EXPERIMENTS[e].params | changes
+            rows[name] = replace(EXPERIMENTS[e], name=name, params=params, seeded=False, base=e)
+    for name in (*LOTTERY, *list(rows)):
+        base = EXPERIMENTS.get(name) or rows[name]
+        for seed in range(LEVELS):
+            params, needs = base.params | dict(sampling_seed=seed), base.needs | {'pipeline': (name, 'pipeline')}
+            again = dict(name=f'{name}-x{seed}', base=base.base or name)
+            rows[again['name']] = replace(base, params=params, needs=needs, **again)
+    return rows
+
+def lottery(
+    scale:str, # A key of SCALES
+)->list:       # One dict a run: experiment, weights, order, noise, sampling, run
+    "List the runs of the lottery, each training before its samplings"
+    from facegen.evaluation.variance import LEVELS, SOURCES, trainings
+    runs = []
+    for e in LOTTERY:
+        for seeds in trainings():
+            name = lottery_name(e, seeds)
+            own = seeds[0] if name == e else 0  # with which the training itself is sampled
+            for s in (own, *(s for s in range(LEVELS) if s != own)):
+                run = run_name(name if s == own else f'{name}-x{s}', scale, own)
+                runs.append(dict(experiment=e, **dict(zip(SOURCES, seeds)), sampling=s, run=run))
+    return runs
 
 # %% ../../nbs/study/00_experiments.ipynb #bud00025
 def fingerprint(
