@@ -7,6 +7,8 @@ __all__ = ['as_attrs', 'as_mask', 'as_cond', 'denoise_loop', 'as_image', 'check_
            'load_pipeline']
 
 # %% ../../nbs/conditioning/06_pipeline.ipynb #f16da381
+import json
+
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
@@ -249,9 +251,11 @@ class FacePipeline(DiffusionPipeline):
 # %% ../../nbs/conditioning/06_pipeline.ipynb #lp000001
 def load_pipeline(
     where:str='longer-laptop-s0', # A run in data/weights or data/runs, or the folder of a saved pipeline
-)->FacePipeline:                  # In float32 on the CPU; raises FileNotFoundError
+)->FacePipeline:                  # In float32 on the CPU; raises FileNotFoundError, ValueError
     "Load a pipeline, and the autoencoder that it names where it does not hold one"
     folder, bars = saved_pipeline(where), is_progress_bar_enabled()
+    kind = json.loads((folder/'model_index.json').read_text())['_class_name']
+    if kind != 'FacePipeline': raise ValueError(f'{folder} holds a {kind}: load it with diffusers')
     autoencoder = saved_autoencoder(folder)
     parts = {} if autoencoder is None else dict(autoencoder=autoencoder)
     disable_progress_bar()
