@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from facegen.core import generator
-from facegen.data.augment import (FIELD_SIZE, adjust_hue, blend, colour_jitter, displacement_field, elastic_deformation,
-                                  rgb_to_grayscale)
+from facegen.data.augment import (AUGMENTATIONS, FIELD_SIZE, AugmentedFaces, adjust_hue, affine_places, blend,
+                                  colour_jitter, displacement_field, elastic_deformation, random_affine,
+                                  random_grayscale, read_face_at, rgb_to_grayscale)
 from facegen.data.faces import Face, flip_faces
 from facegen.diffusion.losses import diffusion_loss
 from facegen.diffusion.schedules import make_scheduler
@@ -205,6 +206,107 @@ def test_a_part_gets_what_it_would_get_in_the_whole(face, cut):
     assert same((v[mine] for v in elastic_deformation(face, 80, g(8))), elastic_deformation(part, 80, g(8), 7, mine))
 
 
+# Affine maps
+
+def one(x): return torch.full((7,), float(x))
+def moved(face, angle=0., right=0., down=0., zoom=1.):
+    shift = torch.stack([one(right), one(down)], 1)
+    return read_face_at(face, affine_places(one(angle), shift, one(zoom), 32))
+
+
+def test_a_quarter_turn_a_shift_by_whole_pixels_and_no_change_are_exact(face):
+    assert torch.allclose(moved(face).image, face.image, atol=1e-5) and torch.equal(moved(face).mask, face.mask)
+    for quarters in (1, 2, 3):
+        got = moved(face, angle=-90.*quarters)
+        assert torch.allclose(got.image, face.image.rot90(quarters, (2, 3)), atol=1e-4)
+        assert torch.equal(got.mask, face.mask.rot90(quarters, (1, 2)))
+    got = moved(face, right=5/32, down=-3/32)
+    assert torch.allclose(got.image[..., :-3, 5:], face.image[..., 3:, :-5], atol=1e-4)
+    assert torch.equal(got.mask[:, :-3, 5:], face.mask[:, 3:, :-5])
+    twice = moved(face, zoom=2.)
+    assert torch.equal(twice.mask[:, ::2, ::2], face.mask[:, 8:24, 8:24]), 'the middle, twice as large'
+    there_and_back = affine_places(one(30), torch.zeros(7, 2), one(1), 32)
+    assert torch.allclose(there_and_back, affine_places(one(-30), torch.zeros(7, 2), one(1), 32).flip(2)*torch.tensor(
+        [-1., 1.]), atol=1e-5), 'a turn seen in the mirror is the opposite turn'
+
+
+def test_an_affine_map_moves_image_and_mask_alike(face):
+    one_hot = F.one_hot(face.mask, 19).movedim(-1, 1).float()
+    out = random_affine(Face(one_hot, face.attrs, face.mask), 40., .2, .3, g(5))
+    assert out.image.gather(1, out.mask[:, None]).min() > .249 and not torch.equal(out.mask, face.mask)
+    assert same(out[1:2], face[1:2])
+
+
+@pytest.mark.parametrize('limits', [(5., 0., 0.), (0., .02, 0.), (0., 0., .02), (5., .02, .02)])
+def test_random_maps_stay_within_their_limits_and_use_them(limits):
+    n, (degrees, shift, zoom) = 500, limits
+    row = torch.linspace(-1 + 1/16, 1 - 1/16, 16).expand(n, 1, 16, 16)
+    places = Face(torch.cat([row, row.mT], 1), torch.zeros(n, 40), torch.zeros(n, 16, 16).long())
+    out = random_affine(places, *limits, g(6)).image[:, :, 4:12, 4:12]  # where each pixel came from, edges left out
+    right, down = out.diff(dim=3)[:, :, 0, 0], out.diff(dim=2)[:, :, 0, 0]  # (n,2), one pixel to the right, and down
+    angle = torch.atan2(right[:, 1], right[:, 0]).rad2deg().abs()
+    scale = 1/(right.norm(dim=1)*8)
+    middle = out[:, :, 3:5, 3:5].mean((2, 3))/2
+    assert torch.allclose(right.norm(dim=1), down.norm(dim=1), atol=1e-4) and (right*down).sum(1).abs().max() < 1e-4
+    for found, limit in ((angle, degrees), ((scale - 1).abs(), zoom), (middle.abs().flatten(), shift*(1 + zoom)**2)):
+        assert found.max() <= limit*1.1 + 1e-3 and found.max() >= .8*limit
+
+
+def test_a_map_that_may_do_nothing_does_nothing(face):
+    assert random_affine(face, 0., 0., 0., g()) is face
+    assert torch.equal(random_grayscale(face.image, 0., g()), face.image)
+    grey = random_grayscale(face.image, 1., g())
+    assert torch.equal(grey, rgb_to_grayscale(face.image).expand_as(grey))
+    many = noise(4000, 3, 1, 1)
+    assert abs((random_grayscale(many, .02, g()).std(1) == 0).float().mean() - .02) < .01
+
+
+@pytest.mark.parametrize('cut', [(0, 1), (2, 5), (0, 7)])
+def test_a_part_is_moved_as_in_the_whole(face, cut):
+    part, mine = Face(*(v[slice(*cut)] for v in face)), slice(*cut)
+    whole = random_affine(face, 9., .1, .1, g(8))
+    assert same((v[mine] for v in whole), random_affine(part, 9., .1, .1, g(8), 7, mine))
+    assert torch.equal(random_grayscale(face.image, .5, g(8))[mine], random_grayscale(part.image, .5, g(8), 7, mine))
+
+
+# Views
+
+def views(n=3, seed=0, how='v1', of=None): return AugmentedFaces(of or held(), how, n, seed)
+
+
+def test_a_view_is_what_it_is_in_whatever_order_it_is_asked_for():
+    v = views()
+    every = v[range(33)]
+    assert len(v) == 33 and every.image.shape == (33, 3, 16, 16) and len(set(v.ids)) == 33
+    some = torch.tensor([30, 2, 13])
+    assert same(v[some], (x[some] for x in every)) and same(v[:5], (x[:5] for x in every))
+    flat = every.image.flatten(1)
+    assert (torch.cdist(flat, flat) + 9*torch.eye(33)).min() > .01, 'no two are alike'
+    assert not torch.equal(views(seed=1)[some].image, v[some].image)
+
+
+def test_a_view_has_the_attributes_of_its_face_and_is_near_it():
+    faces, v = held(), views()
+    for k in range(3):
+        mine = v[range(11*k, 11*k + 11)]
+        assert same([mine.attrs], [faces.attrs])
+        apart = torch.cdist(mine.image.flatten(1), faces[range(11)].image.flatten(1))
+        assert (apart.argmin(1) == torch.arange(11)).float().mean() > .8, 'still the same person'
+
+
+def test_the_content_of_views_has_a_name_of_its_own():
+    other = InMemoryFaces(render_faces(n=11, size=16, seed=3))
+    sets = [views(), views(4), views(seed=1), views(how='v2'), views(of=other)]
+    assert len({s.digest for s in sets}) == len(sets) and views().digest == views().digest
+
+
+def test_the_second_version_moves_less_and_leaves_colours_alone():
+    assert set(AUGMENTATIONS['v1']) == set(AUGMENTATIONS['v2'])
+    plain = InMemoryFaces(Face(torch.full((4, 3, 16, 16), .3), torch.zeros(4, 40), torch.zeros(4, 16, 16).long()))
+    still, changed = (AugmentedFaces(plain, how, 50)[range(200)].image for how in ('v2', 'v1'))
+    assert torch.allclose(still, torch.tensor(.3)) and (changed - .3).abs().amax((1, 2, 3)).gt(1e-3).float().mean() > .9
+
+
 def held(n=11, size=16): return InMemoryFaces(render_faces(n=n, size=size, seed=2))
 def config(**keys):
     return TrainConfig(**dict(dict(steps=12, batch=6, lr=1e-2, warmup=3, ema=.9, device='cpu', save_every=4), **keys))
@@ -314,6 +416,12 @@ def test_bad_input_is_named(face):
         colour_jitter(face.image[:, :1], .1, g())
     with pytest.raises(ValueError, match=r'wants colours in \[-1,1\]; for latents, use strength 0'):
         colour_jitter(face.image*4, .1, g())
+    for bad in ((-1., 0., 0.), (200., 0., 0.), (0., 2., 0.), (0., 0., 1.)):
+        with pytest.raises(ValueError, match='random_affine: degrees are from 0 to 180, shift and zoom shares'):
+            random_affine(face, *bad, g())
+    for bad in (('v3', 2), ('v1', 0)):
+        with pytest.raises(ValueError, match='choose v1 or v2, and 1 view or more'):
+            AugmentedFaces(held(), *bad)
     small = face._replace(mask=face.mask[:, ::2, ::2])
     with pytest.raises(ValueError, match=r'masks \(B,H,W\) of one size, not \(7, 3, 32, 32\) and \(7, 16, 16\)'):
         elastic_deformation(small, 50, g())

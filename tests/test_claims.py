@@ -47,7 +47,7 @@ def test_each_step_is_the_one_change_that_it_names(scale):
 
 
 @pytest.mark.parametrize('step', STEPS, ids=lambda s: f'{s[0]}->{s[1]}')
-@pytest.mark.parametrize('argument,value', [('lr', 3e-3), ('weight', 'p2'), ('steps', 1201), ('samples', 255)])
+@pytest.mark.parametrize('argument,value', [('lr', 3.3e-3), ('weight', 'p2'), ('steps', 1201), ('samples', 255)])
 def test_a_label_that_lies_is_found(step, argument, value, monkeypatch):
     "Any further argument that one of the two has otherwise makes the step fail"
     _, b, fact = step
@@ -58,6 +58,14 @@ def test_a_label_that_lies_is_found(step, argument, value, monkeypatch):
         check_steps([step])
     with pytest.raises(ValueError, match='is called'):
         check_steps([(step[0], b, 'something else')])
+
+
+def test_how_many_views_there_are_of_faces_that_are_not_augmented_is_no_change(monkeypatch):
+    for name, views in (('lora', 5), ('lora-augmented', 6)):
+        e = experiments.EXPERIMENTS[name]
+        monkeypatch.setitem(experiments.EXPERIMENTS, name, dataclasses.replace(e, params=e.params | dict(views=views)))
+    assert changes('lora', 'lora-augmented') == {'augmentation': ('off', 'v1 6')}
+    assert changes('lora', 'lora-x2') == {'alpha': (24., 16.)}
 
 
 def test_what_a_loss_that_is_off_weighs_is_no_change(monkeypatch):

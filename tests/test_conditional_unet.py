@@ -11,6 +11,7 @@ from facegen.conditioning.conditional_unet import (
 from facegen.core import PARTS, seed_all
 from facegen.data.faces import Face, flip_faces
 from facegen.conditioning.infonce import NCE
+from facegen.conditioning.mask_encoders import ParsingSegFormer
 from facegen.diffusion.losses import StepRandom, diffusion_loss, weighting
 from facegen.diffusion.schedules import make_scheduler
 from facegen.training.config import InMemoryFaces, TrainConfig
@@ -160,12 +161,36 @@ def test_every_row_can_be_built_at_its_size_and_small_ones_answer_in_their_shape
 
 def test_the_papers_networks_have_their_parameters():
     with torch.device('meta'):
-        for row, n in (('lc_unet_2', 109_543_043), ('lc_unet_3_vqvae', 104_950_915)):
+        for row, n in (('lc_unet_2', 109_543_043), ('lc_unet_3_vqvae', 104_950_915), ('lc_unet_nb_vqvae', 140_457_987)):
             model = make_denoiser(row, 'attrs', 256)
             assert sum(p.numel() for p in model.net.parameters()) == n
             assert sum(p.numel() for p in model.condition_encoder.parameters()) == 73_848
         join = make_denoiser('lc_unet_2', 'described', 256).condition_encoder
         assert join.join.weight.shape == (256, 384) and join.mask.proj.weight.shape == (128, 256)
+
+
+@pytest.mark.parametrize('row,size', [('lc_unet_nb_vqvae', 256), ('gpu_nb_latent', 64), ('laptop_nb_latent', 64),
+                                      ('smoke_nb_latent', 64)])
+def test_the_network_of_the_shipped_checkpoint_attends_at_4x4_and_in_the_middle_alone(row, size):
+    with torch.device('meta'):
+        config = make_denoiser(row, 'attrs', size).net.config
+    levels = len(config.block_out_channels)
+    sides = [config.sample_size//2**i for i in range(levels)]
+    attending = [s for s, kind in zip(sides, config.down_block_types) if 'CrossAttn' in kind]
+    assert attending == [4] and sides[-1] == 2 and config.mid_block_type == 'UNetMidBlock2DCrossAttn'
+
+
+def test_a_fine_tuned_segformer_stays_as_it_came(face, tmp_path):
+    "It is frozen in the denoiser as any other, while the projection behind it learns"
+    seed_all(7)
+    segformer = ParsingSegFormer(64)
+    segformer.save_encoder(tmp_path)
+    model = net('described', segformer=str(tmp_path))
+    before = model.condition_encoder.mask.proj.weight.clone()
+    list(train(model, InMemoryFaces(face), conditional_loss(NOISE, nce='published'), config()))
+    mine, came = (dict(m.named_parameters()) for m in (model.condition_encoder.mask.encoder, segformer.net.segformer))
+    assert mine.keys() == came.keys() and all(torch.equal(p, came[k]) for k, p in mine.items())
+    assert not torch.equal(model.condition_encoder.mask.proj.weight, before)
 
 
 def test_what_does_not_fit_gets_a_sentence(cond):

@@ -84,6 +84,25 @@ def test_below_the_published_scale_families_work_in_latents_and_details_in_pixel
     assert all(not experiments.job(f'{k}-paper-s0')['params']['autoencoder'] for k in ('unet', 'dit-s', 'r3'))
 
 
+def test_the_segformer_of_one_experiment_is_made_first_at_every_scale():
+    "Where the others name one of the hub, and where they name none"
+    for scale in ('smoke', 'laptop', 'gpu', 'paper'):
+        made = experiments.run_name('segformer', scale, 0)
+        mine, other = (experiments.job(experiments.run_name(k, scale, 2)) for k in ('described+parsing', 'described'))
+        assert mine['params']['segformer'] == f'data/runs/{made}/segformer' and made in mine['needs']
+        assert made not in other['needs']
+        differ = {k for k in mine['params'] if mine['params'][k] != other['params'].get(k)}
+        assert differ == {'segformer', 'run'}
+    assert experiments.job('segformer-paper-s0')['params']['weights'] == other['params']['segformer']
+    assert experiments.find_experiment('described+parsing@mine').needs['segformer'] == ('segformer@mine', 'segformer')
+
+
+def test_no_argument_reaches_a_notebook_as_none():
+    for name in experiments.EXPERIMENTS:
+        for scale in experiments.SCALES:
+            assert None not in experiments.job(experiments.run_name(name, scale, 0))['params'].values()
+
+
 def test_faces_are_looked_up(tmp_path, monkeypatch):
     monkeypatch.delenv('FACEGEN_FACES', raising=False)
     monkeypatch.chdir(tmp_path)

@@ -423,6 +423,35 @@ def test_the_run_measures_every_arm_alike(home):
         run(home, n_train=10000)
 
 
+def test_augmented_views_are_encoded_beforehand_and_keep_their_captions(home, monkeypatch):
+    _, plain = run(home, previews=0)
+    out, names = run(home, augmentation='v1', views=3, previews=0, run='_augmented')
+    n = out['params']['trained_on']
+    assert len(plain['latents']) == 2*n and len(names['latents']) == 2*3*n, 'each with its mirror image'
+    texts = names['texts']
+    assert texts[:n]*6 == texts and texts[:n] == plain['texts'][:n], 'three views of each face, and all of it mirrored'
+    faces = names['train_faces'][range(n)].image
+    apart = [(names['shown'][range(n*k, n*k + n)].image - faces).abs().mean((1, 2, 3)) for k in range(3)]
+    assert min(map(float, torch.stack(apart).flatten())) > 0, 'no view is the face itself'
+    assert plain['latents'].digest != names['latents'].digest and plain['losses'] != names['losses']
+
+
+def test_timesteps_of_a_lora_are_drawn_as_it_says(home, monkeypatch):
+    "In each third those of that third; the loss is told how far the training is"
+    seen = []
+    from facegen.diffusion import losses
+    def spied(levels):
+        def draw(rng, n):
+            seen.append((rng.step, rng.steps))
+            return rng.randint(0, len(levels), n)
+        return draw
+    monkeypatch.setitem(losses.TIMESTEP_SAMPLING, 'thirds', spied)
+    _, names = run(home, timestep_sampling='thirds', previews=0, steps=4)
+    assert seen == [(k, 4) for k in range(4)] and names['loss'].config['timestep_sampling'] == 'thirds'
+    with pytest.raises(ValueError, match="unknown timestep_sampling 'halves'"):
+        run(home, timestep_sampling='halves', run='_halves')
+
+
 def real_layout(folder):
     "Stable Diffusion 2 as the hub has it, with random weights and fewer channels"
     torch.manual_seed(0)

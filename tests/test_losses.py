@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from facegen.diffusion.losses import (
-    LOSS_WEIGHTS, TIMESTEP_SAMPLING, StepRandom, diffusion_loss, draw_timesteps_of, weighting)
+    LOSS_WEIGHTS, THIRDS, TIMESTEP_SAMPLING, StepRandom, diffusion_loss, draw_timesteps_of, thirds_chances, weighting)
 from facegen.diffusion.samplers import ideal_denoiser
 from facegen.diffusion.schedules import (
     PREDICTIONS, PROCESSES, first_timestep, make_scheduler, noise_levels, predict_eps, signal_and_noise,
@@ -107,6 +107,35 @@ def test_log_normal_goes_with_the_size_of_the_data():
     level = {d: noise_levels(draw(d))[draw_timesteps_of(draw(d), 'log-normal')(StepRandom(0, 0, 9999), 9999)].median()
              for d in (.5, 1.)}
     assert abs(level[1.]/level[.5] - 2) < .05
+
+
+@pytest.mark.parametrize('T', [12, 1000])
+def test_thirds_have_the_published_weights(T):
+    "x 2.5 in the noisier half; x 3 in the middle half; x 1.5 and x 2.5 in the two quarters next to the clean end"
+    chances = thirds_chances(T)
+    assert torch.allclose(chances.sum(1), torch.ones(3)) and chances.min() > 0
+    quarters = (chances/chances.amin(1, keepdim=True)).view(3, 4, T//4)
+    assert torch.allclose(quarters.std(2), torch.zeros(3, 4), atol=1e-5), 'flat within a quarter'
+    want = torch.tensor([[1, 1, 2.5, 2.5], [1, 3, 3, 1], [1.5, 2.5, 1, 1]])
+    assert torch.allclose(quarters.mean(2), want, atol=1e-4)
+
+
+def test_thirds_without_factors_are_uniform(monkeypatch):
+    monkeypatch.setattr('facegen.diffusion.losses.THIRDS', tuple(tuple((a, b, 1.) for a, b, _ in t) for t in THIRDS))
+    assert torch.allclose(thirds_chances(50), torch.full((3, 50), .02))
+
+
+@every
+def test_thirds_are_drawn_with_their_chances_each_in_its_third(kind):
+    scheduler, n = make_scheduler(prediction=kind), 40_000
+    draw = draw_timesteps_of(scheduler, 'thirds')
+    for step, steps, third in ((0, 9, 0), (2, 9, 0), (3, 9, 1), (5, 9, 1), (6, 9, 2), (8, 9, 2), (0, 1, 0), (9, 9, 2)):
+        t = draw(StepRandom(0, step, n, steps=steps), n) - first_timestep(scheduler)
+        assert t.dtype == torch.int64 and 0 <= t.min() and t.max() <= 999
+        want = thirds_chances(1000)[third].view(10, 100).sum(1)
+        assert (torch.histc(t.float(), 10, -.5, 999.5)/n - want).abs().max() < .01, (step, steps)
+    ends = SimpleNamespace(step=0, steps=1, rand=lambda n: torch.tensor([0., 1 - 2**-24]))
+    assert (draw(ends, 2) - first_timestep(scheduler)).tolist() == [0, 999]
 
 
 @every

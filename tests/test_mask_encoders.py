@@ -5,10 +5,12 @@ from PIL import Image
 from torch import nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerModel
 
-from facegen.core import seed_all
+from conftest import run_cells
+from facegen.core import load_result, seed_all
 from facegen.data.faces import PARTS, flip_faces, load_faces, prepare
 from facegen.data.layouts import MASKS
-from facegen.conditioning.mask_encoders import MaskGrid, MaskTokens, PooledMask, mask_to_grey, make_segformer, one_hot
+from facegen.conditioning.mask_encoders import (
+    MaskGrid, MaskTokens, ParsingSegFormer, PooledMask, make_segformer, mask_to_grey, one_hot, parsing_loss)
 from facegen.synthetic.toyfaces import render_faces, write_toyfaces
 
 SIZES = [(32, 16), (64, 16), (64, 32)]
@@ -108,6 +110,57 @@ def test_the_frozen_encoder_stays_as_it_is_and_proj_learns(crowd):
     assert moved == {'proj'} and all(p.grad is None for p in pool.encoder.parameters())
     assert pool.training and not any(m.training for m in pool.encoder.modules())
     assert pool(crowd.mask).shape == (16, 1, 8) and pool.features(crowd.mask).shape == (16, 256)
+
+
+# --- fine-tuned on parsing faces
+
+def test_the_loss_of_parsing_is_segformers_own(crowd):
+    "And pixels that are unknown have no part in it"
+    net, face = ParsingSegFormer(64).eval(), crowd
+    theirs = net.net(face.image/2 + .5, labels=face.mask).loss
+    assert torch.allclose(parsing_loss(net, face, None).mean(), theirs, rtol=1e-4)
+    half = face._replace(mask=face.mask.clone())
+    half.mask[:, 32:] = -1
+    assert torch.allclose(parsing_loss(net, half, None).mean()*2, net.net(face.image/2 + .5, labels=torch.where(
+        half.mask < 0, 255, half.mask)).loss, rtol=1e-4)
+    assert parsing_loss(net, face._replace(mask=torch.full_like(face.mask, -1)), None).max() == 0
+
+
+def test_fine_tuning_moves_the_encoder_and_freezing_it_afterwards_keeps_it(crowd, tmp_path):
+    net = ParsingSegFormer(64)
+    start = {k: v.clone() for k, v in net.named_parameters()}
+    opt = torch.optim.SGD(net.parameters(), .1)
+    for _ in range(3):
+        opt.zero_grad()
+        parsing_loss(net.train(), crowd, None).mean().backward()
+        opt.step()
+    still = [k for k, v in net.named_parameters() if not k.endswith('k_proj.bias') and torch.equal(v, start[k])]
+    assert still == []
+    net.eval().save_encoder(tmp_path)
+    pool = PooledMask(64, 8, str(tmp_path)).train()
+    opt = torch.optim.AdamW([p for p in pool.parameters() if p.requires_grad], 1e-2)
+    pool(crowd.mask).square().mean().backward()
+    opt.step()
+    tuned = dict(net.net.segformer.named_parameters())
+    assert len(tuned) > 50 and all(torch.equal(p, tuned[k]) for k, p in pool.encoder.named_parameters())
+    assert not torch.allclose(pool.features(crowd.mask), PooledMask(64, 8).features(crowd.mask), atol=.01)
+
+
+def test_the_head_answers_for_every_pixel_at_any_size(crowd):
+    net = ParsingSegFormer(32).eval()
+    for side in (32, 64):
+        x = F.interpolate(crowd.image[:2], (side, side))
+        assert net(x).shape == (2, 19, side, side) and net.predict(x).shape == (2, side, side)
+
+
+def test_the_run_leaves_an_encoder_that_a_denoiser_can_freeze(tmp_path, monkeypatch):
+    monkeypatch.setenv('FACEGEN_ROOT', str(tmp_path))
+    _, names = run_cells('29_segformer', steps=3)
+    out, folder = load_result('_smoke-segformer'), tmp_path/'data'/'runs'/'_smoke-segformer'/'segformer'
+    assert [m['metric'] for m in out['metrics'] if m['headline']] == ['miou'] and names['model'].side == 64
+    pool = PooledMask(64, 8, str(folder))
+    tuned = dict(names['model'].net.segformer.named_parameters())
+    assert all(torch.equal(p, tuned[k]) for k, p in pool.encoder.named_parameters())
 
 
 def test_empty_masks_all_look_alike_and_unknown_counts_as_background(crowd):

@@ -108,18 +108,24 @@ _laptop = dict(widths=(32, 64, 96), down='DAD')
 _gpu = dict(widths=(128, 256, 256), down='DAA', layers=2, heads=8, groups=32)
 _smoke = dict(widths=(16, 16), down='DA', heads=2, groups=8, dim=32, width=8)
 _latent = dict(downsampling=4, space_to_depth=1)
+_nb = dict(_latent, widths=(256, 256, 512, 512), down='DDAD', layers=2, heads=8, groups=32, adagn=False)
+_nb_small = dict(widths=(32, 32, 64, 64), groups=4)
 
 DENOISERS = dict(
     lc_unet_2=dict(
         _latent, widths=(128, 256, 512, 512), down='AADD', layers=2, heads=8, groups=32, adagn=False, act='gelu'),
     lc_unet_3_vqvae=dict(
         _latent, widths=(128, 128, 256, 512, 512), down='DADDD', layers=2, heads=8, groups=32, adagn=False),
+    lc_unet_nb_vqvae=dict(_nb, widths=(128, 128, 256, 256, 512, 512), down='DDDDAD'),
     laptop=dict(_laptop, space_to_depth=2),
     laptop_latent=dict(_laptop, **_latent),
     gpu=dict(_gpu, space_to_depth=2),
     gpu_latent=dict(_gpu, **_latent),
     smoke=dict(_smoke, space_to_depth=2),
-    smoke_latent=dict(_smoke, **_latent))
+    smoke_latent=dict(_smoke, **_latent),
+    gpu_nb_latent=_nb,
+    laptop_nb_latent=_nb | _nb_small,
+    smoke_nb_latent=_nb | _nb_small | dict(layers=1, dim=32))
 
 def make_denoiser(
     row:str,          # Row of DENOISERS: how large

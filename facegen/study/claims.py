@@ -47,11 +47,13 @@ GROUPS = {  # fact -> the arguments that make it up, and the values with which i
     'InfoNCE':  (('nce', 'lam'), lambda p: not p['nce']),
     'guidance': (('attrs_scale', 'mask_scale', 'guidance_interval'),
                  lambda p: (p['attrs_scale'], p['mask_scale']) == (1., 1.)),
+    'augmentation': (('augmentation', 'views'), lambda p: not p['augmentation']),
     'recipe':   (('prediction', 'timestep_sampling', 'optimizer', 'muon_lr', 'steps'), lambda p: False)}
 NO_FACTS = ('run', 'seed', 'pipeline',               # whose network is sampled from follows from the others
             'raw', 'memorization', 'n_milestones')   # what is measured besides
 NAMES_OF = {'attrs': 'attribute encoder', 'mask': 'mask encoder', 'frozen_projection': 'projections frozen',
-            'cond_dropout': 'condition dropout', 'subset': 'a tenth of the faces', 'nce': 'InfoNCE'}
+            'cond_dropout': 'condition dropout', 'subset': 'a tenth of the faces', 'nce': 'InfoNCE',
+            'segformer': 'SegFormer weights', 'timestep_sampling': 'timestep sampling'}
 
 def experiment_facts(
     name:str,           # A key of EXPERIMENTS
@@ -102,7 +104,13 @@ STEPS = (  # from which experiment to which, and the fact that differs
     ('spatial+dropout', 'spatial+guided', 'guidance'),
     ('spatial+dropout', 'spatial+nce', 'InfoNCE'),
     ('published', 'published-blank', 'corruption'),
-    ('spatial', 'mask-only', 'attribute encoder'))
+    ('spatial', 'mask-only', 'attribute encoder'),
+    ('described', 'described+parsing', 'SegFormer weights'),
+    ('attrs', 'attrs-nb', 'network'),
+    ('attrs-nb', 'attrs-nb+nce', 'InfoNCE'),
+    ('attrs+nce', 'attrs-nb+nce', 'network'),
+    ('lora', 'lora-weighted', 'timestep sampling'),
+    ('lora', 'lora-augmented', 'augmentation'))
 
 def check_steps(
     steps=STEPS,        # (a, b, fact), ...

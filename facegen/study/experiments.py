@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'RECIPE', 'X0_ADAMW', 'EPSILON_ADAMW', 'LEARNING_RATES', 'BATCHES', 'CHANGES', 'FAMILIES', 'RAW',
            'MEMORIZATION', 'CURVES', 'PIXELS', 'PILOT', 'PILOT_RATES', 'PILOT_DIT', 'PILOT_BATCHES', 'PILOT_EMA',
-           'ADAMW_STEPS', 'DROPOUT', 'GUIDANCE', 'CHAIN', 'CONTROLS', 'OTHER_RECIPES', 'SAMPLING_STEPS', 'CONDITIONAL',
-           'SAMPLED_FROM', 'ARMS', 'RANKS', 'LORA_SCALING', 'OTHER_SCALINGS', 'SMOKE', 'BUDGET', 'PAIRS', 'PARSER',
-           'JUDGE32', 'PARSER32', 'SAMPLER_SETTINGS', 'PAPER_SAMPLERS', 'LAPTOP', 'DEMO_SCALE', 'GPU', 'PAPER_FACES',
-           'PAPER', 'WITH_INTERVALS', 'SCALES', 'WHOLE', 'JUDGES', 'PIXEL_NEEDS', 'LATENT_NEEDS', 'RECIPE_NEEDS',
-           'LORA_NEEDS', 'ON_OTHER_FACES', 'DEMO', 'BELOW_PAPER', 'EXPERIMENTS', 'FIGURES', 'DEMO_FIGURE', 'SET_FIGURE',
-           'FIGURE_NEEDS', 'LOTTERY_ROW', 'VARIANT', 'OWN_FACES', 'ASKED_OF', 'LOTTERY', 'unconditional_experiments',
-           'unconditional_at_scale', 'latent_steps', 'pilot_name', 'recipes', 'recipes_at_scale', 'lora_experiments',
-           'lora_at_scale', 'complete_scale', 'other_recipes_at_scale', 'Experiment', 'judged_by',
-           'unconditional_needs', 'make_experiments', 'check_scale', 'check_experiments', 'variant_name', 'typed',
-           'on_other_faces', 'judges_by_name', 'without_unknown', 'is_lottery', 'find_experiment', 'run_name',
-           'parse_name', 'fewer_faces', 'job', 'notebook_path', 'default_params', 'run_params', 'unknown_params',
-           'find_faces', 'has_faces', 'run_names', 'lottery_name', 'lottery_rows', 'lottery', 'fingerprint']
+           'ADAMW_STEPS', 'DROPOUT', 'GUIDANCE', 'CHAIN', 'CONTROLS', 'REPOSITORY', 'OTHER_RECIPES', 'SAMPLING_STEPS',
+           'CONDITIONAL', 'SAMPLED_FROM', 'ARMS', 'RANKS', 'LORA_SCALING', 'OTHER_SCALINGS', 'SMOKE', 'BUDGET', 'PAIRS',
+           'PARSER', 'JUDGE32', 'PARSER32', 'SAMPLER_SETTINGS', 'PAPER_SAMPLERS', 'LAPTOP', 'DEMO_SCALE', 'GPU',
+           'PAPER_FACES', 'ADE_SEGFORMER', 'PAPER', 'WITH_INTERVALS', 'NB', 'SCALES', 'WHOLE', 'JUDGES', 'PIXEL_NEEDS',
+           'LATENT_NEEDS', 'RECIPE_NEEDS', 'LORA_NEEDS', 'ON_OTHER_FACES', 'DEMO', 'BELOW_PAPER', 'EXPERIMENTS',
+           'FIGURES', 'DEMO_FIGURE', 'SET_FIGURE', 'FIGURE_NEEDS', 'LOTTERY_ROW', 'VARIANT', 'OWN_FACES', 'ASKED_OF',
+           'LOTTERY', 'unconditional_experiments', 'unconditional_at_scale', 'latent_steps', 'pilot_name', 'recipes',
+           'recipes_at_scale', 'lora_experiments', 'lora_at_scale', 'complete_scale', 'other_recipes_at_scale',
+           'Experiment', 'judged_by', 'unconditional_needs', 'make_experiments', 'check_scale', 'check_experiments',
+           'variant_name', 'typed', 'on_other_faces', 'judges_by_name', 'without_unknown', 'is_lottery',
+           'find_experiment', 'run_name', 'parse_name', 'fewer_faces', 'job', 'notebook_path', 'default_params',
+           'run_params', 'unknown_params', 'find_faces', 'has_faces', 'run_names', 'lottery_name', 'lottery_rows',
+           'lottery', 'fingerprint']
 
 # %% ../../nbs/study/00_experiments.ipynb #57b23750
 import ast, hashlib, json, re
@@ -180,6 +181,10 @@ CONTROLS = {
     'spatial-shuffled-masks': dict(conditioning='spatial', corruption='shuffled masks'),
     'spatial-shuffled-attrs': dict(conditioning='spatial', corruption='shuffled attrs'),
     'spatial+nce-soft':       dict(conditioning='spatial', **DROPOUT, nce='soft', lam=.02)}
+REPOSITORY = {  # features of the published repository; `nb` networks are chosen by the scale
+    'described+parsing': CHAIN['described'],  # its SegFormer is what it needs
+    'attrs-nb':          CHAIN['attrs'],
+    'attrs-nb+nce':      CHAIN['attrs+nce']}
 OTHER_RECIPES = {  # what differs from `spatial+guided` or from `published`
     'former-recipe':    dict(CHAIN['spatial+guided'], **X0_ADAMW),
     'published-recipe': dict(CHAIN['published'], **EPSILON_ADAMW),
@@ -189,7 +194,7 @@ OTHER_RECIPES = {  # what differs from `spatial+guided` or from `published`
     'vq-latents':       dict(CHAIN['spatial+guided']),
     'pixels':           dict(CHAIN['spatial+guided'], autoencoder='')}
 SAMPLING_STEPS = {f'steps-{n}': dict(CHAIN['spatial+guided'], sampling_steps=n) for n in (5, 20, 50, 200)}
-CONDITIONAL = CHAIN | CONTROLS | OTHER_RECIPES | SAMPLING_STEPS
+CONDITIONAL = CHAIN | CONTROLS | REPOSITORY | OTHER_RECIPES | SAMPLING_STEPS
 SAMPLED_FROM = {name: 'spatial+dropout' for name in ('spatial+guided', *SAMPLING_STEPS)}  # trained by
 
 # %% ../../nbs/study/00_experiments.ipynb #2890d59c
@@ -201,7 +206,9 @@ ARMS = {  # experiment -> arguments at every scale
     'lora':             dict(),
     'lora-silent':      dict(caption_scheme='empty', prompt_scheme='published'),
     'lora-absent':      dict(caption_scheme='absent'),
-    'lora-attention':   dict(targets='to_q to_k to_v to_out.0')}  # the four matrices of attention alone
+    'lora-attention':   dict(targets='to_q to_k to_v to_out.0'),  # the four matrices of attention alone
+    'lora-weighted':    dict(timestep_sampling='thirds'),
+    'lora-augmented':   dict(augmentation='v1')}
 
 # %% ../../nbs/study/00_experiments.ipynb #9f4c833b
 RANKS = 1, 2, 4, 16, 32      # `lora` itself has another
@@ -224,6 +231,7 @@ def lora_at_scale(
 SMOKE = {
     '32_unconditional': dict(RECIPE),
     'recipe':         dict(network='smoke_latent', n_milestones=1),
+    '29_segformer':   dict(steps=6),
     '30_judges':      dict(steps=8),
     '31_autoencoder': dict(steps=8),
     '33_samplers': dict(settings='euler 10, euler 5, dpm++ 2, dpm++ 5'),
@@ -248,6 +256,7 @@ PAPER_SAMPLERS = ', '.join([  # the first is the reference
 
 # %% ../../nbs/study/00_experiments.ipynb #bud00010
 LAPTOP = {
+    '29_segformer': dict(n_faces=20000, size=64, steps=800, batch=16, warmup=50, precision='bf16', n_test=1000),
     '30_judges': dict(n_faces=20000, size=64, steps=1500, batch=40, lr=2e-3, n_test=1000),
     'parser':           PARSER,
     'parser-pairs128':       PARSER | PAIRS,
@@ -278,6 +287,7 @@ LAPTOP = {
     '37_lora': dict(n_faces=20000, size=32, n_train=128, rank=8, alpha=24., steps=600, batch=16, lr=3e-3, warmup=20,
                     ema=.98, previews=4, guidance_scales='1 1.5 2 3', guidance_val_size=128, samples=256,
                     sampling_steps=10, outside='efficientnet-lite0'),
+    'lora-augmented': dict(views=32),
     'full': dict(lr=3e-4)}
 
 # %% ../../nbs/study/00_experiments.ipynb #bud00031
@@ -288,6 +298,7 @@ DEMO_SCALE = {'34_conditional': LAPTOP['34_conditional'] | dict(
 
 # %% ../../nbs/study/00_experiments.ipynb #bud00012
 GPU = {
+    '29_segformer': dict(n_faces=30000, size=64, steps=6000, batch=64, warmup=200, precision='bf16', n_test=1000),
     '30_judges': dict(n_faces=30000, size=64, steps=6000, batch=128, lr=2e-3, n_test=1000),
     'parser-pairs128': PAIRS,
     'parser-pairs128-other': PAIRS,
@@ -314,11 +325,15 @@ GPU = {
     '37_lora': dict(n_faces=10000, size=64, n_train=1000, rank=16, alpha=48., steps=4000, batch=32, lr=3e-4,
                     warmup=100, ema=.999, previews=4, precision='bf16', guidance_scales='1 1.5 2 3 5',
                     guidance_val_size=512, samples=1024, sampling_steps=20, outside='efficientnet-lite0'),
+    'lora-augmented': dict(views=16),
     'full': dict(lr=1e-4)}
 
 # %% ../../nbs/study/00_experiments.ipynb #bud00014
 PAPER_FACES = dict(faces='CelebAMask-HQ', n_faces=0)  # 27,000 photos to train with, 2,700 for judges, 300 to test
+ADE_SEGFORMER = 'nvidia/segformer-b0-finetuned-ade-512-512'  # published: frozen, or fine-tuned on faces and frozen
 PAPER = {
+    '29_segformer': dict(PAPER_FACES, weights=ADE_SEGFORMER, size=256, steps=25000, batch=32, lr=5e-5, n_test=300),
+    'described+parsing': dict(segformer=None),  # not that of the others: its need makes it
     '30_judges': dict(faces='CelebAMask-HQ', n_faces=30000, size=64, steps=20000, batch=128, lr=2e-3, n_test=300),
     'parser-pairs128': PAIRS,
     'parser-pairs128-other': PAIRS,
@@ -331,7 +346,7 @@ PAPER = {
                              samples=300, sampler='ddpm', sampling_steps=1000),
     '33_samplers': dict(PAPER_FACES, size=128, samples=300, settings=PAPER_SAMPLERS, autoencoder=''),
     '34_conditional': dict(PAPER_FACES, size=256, network='lc_unet_3_vqvae', autoencoder='CompVis/ldm-celebahq-256',
-                           subfolder='vqvae', segformer='nvidia/segformer-b0-finetuned-ade-512-512',
+                           subfolder='vqvae', segformer=ADE_SEGFORMER,
                            latent_scale=.18215, steps=338000, batch=16, lr=2e-4, warmup=5000, ema=.9999, samples=300,
                            sampling_steps=50),
     '39_blind_answers': dict(PAPER_FACES, size=256, samples=300),
@@ -340,11 +355,13 @@ PAPER = {
                     alpha=72., steps=168750, batch=4, lr=3e-4, warmup=500, ema=.9998, previews=25, precision='fp16',
                     checkpointing=True, guidance_scales='1 1.5 2 3 5 7.5', guidance_val_size=300, samples=150,
                     sampling_steps=50),
+    'lora-augmented': dict(views=2),
     'full': dict(lr=1e-5)}
 
 # %% ../../nbs/study/00_experiments.ipynb #bud00016
-WITH_INTERVALS = ('30_judges', '31_autoencoder', '32_unconditional', '33_samplers', '34_conditional', '35_guidance',
-                  '36_stable_diffusion', '37_lora', '39_blind_answers')
+WITH_INTERVALS = ('29_segformer', '30_judges', '31_autoencoder', '32_unconditional', '33_samplers', '34_conditional',
+                  '35_guidance', '36_stable_diffusion', '37_lora', '39_blind_answers')
+NB = dict(smoke='smoke_nb_latent', laptop='laptop_nb_latent', gpu='gpu_nb_latent', paper='lc_unet_nb_vqvae')
 
 def complete_scale(
     name:str,   # smoke, laptop, gpu or paper
@@ -358,6 +375,7 @@ def complete_scale(
         found['38_costs'] = dict(count_scale=name, experiments='')
     derived = unconditional_at_scale(name, given.get('32_unconditional', {})) | lora_at_scale(given.get('37_lora', {}))
     derived |= other_recipes_at_scale(given.get('34_conditional', {}))
+    derived |= {experiment: dict(network=NB[name]) for experiment in ('attrs-nb', 'attrs-nb+nce') if name in NB}
     if name != 'paper':
         derived |= recipes_at_scale(name, given.get('32_unconditional', {}) | given.get('recipe', {}))
     for experiment, params in derived.items():
@@ -431,7 +449,8 @@ def make_experiments()->list: # Of `Experiment`, in the order in which they are 
         if name in SAMPLED_FROM:
             needs = needs | {'pipeline': (SAMPLED_FROM[name], 'pipeline')}
         return Experiment(name, '34_conditional', params, needs, scales=scales)
-    other_needs = {'pixels': PIXEL_NEEDS | dict(small_classifier=PIXEL_NEEDS['classifier']),
+    other_needs = {'described+parsing': LATENT_NEEDS | dict(segformer=('segformer', 'segformer')),
+                   'pixels': PIXEL_NEEDS | dict(small_classifier=PIXEL_NEEDS['classifier']),
                    'vq-latents': LATENT_NEEDS | dict(autoencoder=('autoencoder-vq', 'autoencoder'))}
     return [
         *[once(k, '30_judges', params=p) for k, p in JUDGES.items()],
@@ -440,6 +459,7 @@ def make_experiments()->list: # Of `Experiment`, in the order in which they are 
         once('samplers', '33_samplers', needs=RECIPE_NEEDS | {'model': ('unet', 'model')}),
         once('autoencoder', '31_autoencoder', needs=judged_by('classifier', 'parser')),
         once('autoencoder-vq', '31_autoencoder', needs=judged_by('classifier', 'parser')),
+        once('segformer', '29_segformer'),
         *[conditional(k, p, other_needs.get(k, LATENT_NEEDS)) for k, p in CONDITIONAL.items()],
         once('stable', '36_stable_diffusion', needs=judged_by('classifier-mixed'),
              scales=BELOW_PAPER),  # `paper` takes the hub's
@@ -512,7 +532,8 @@ def check_experiments(
 # %% ../../nbs/study/00_experiments.ipynb #bud0001e
 LOTTERY_ROW = re.compile(r'\w+(-w\do\dn\d(-x\d)?|-x\d)')  # of `lottery_rows`
 VARIANT = re.compile(r'([^@,]+)(@[\w.+-]+)?((?:,\w+=[^,=/]+)*)')  # experiment, @face set, changed arguments
-OWN_FACES = '30_judges 31_autoencoder 32_unconditional 33_samplers 34_conditional 35_guidance 37_lora 39_blind_answers'
+OWN_FACES = ('29_segformer 30_judges 31_autoencoder 32_unconditional 33_samplers 34_conditional 35_guidance 37_lora '
+             '39_blind_answers')
 
 def variant_name(
     experiment:str, # A key of EXPERIMENTS
@@ -621,6 +642,7 @@ def job(
     experiment, scale, seed = parse_name(name)
     at = SCALES[scale]
     given = {**at.get(experiment.notebook, {}), **at.get(experiment.base or experiment.name, {})}
+    given = {k: v for k, v in given.items() if v is not None}
     chosen = given | experiment.params
     def made_by(other): return run_name(other, scale, seed if find_experiment(other).seeded else 0)
     needs = {k: (made_by(other), file) for k, (other, file) in experiment.needs.items() if k not in chosen}

@@ -149,7 +149,7 @@ def backward(
         b = min(a + micro, n)
         torch.manual_seed(generator('dropout', cfg.draws, state.step, first+a).initial_seed())
         part = type(face)(*(x[a:b].to(where) for x in face))
-        rng = StepRandom(cfg.draws, state.step, cfg.batch, first+a, first+b, where, cfg.device_noise)
+        rng = StepRandom(cfg.draws, state.step, cfg.batch, first+a, first+b, where, cfg.device_noise, cfg.steps)
         with state.acc.autocast():
             each = loss(state.model, part, rng)  # (b-a,)
         check_loss(each, rows[a:b], ids, state)
