@@ -39,7 +39,8 @@ def said(capsys, line, code=0):
 
 
 def test_help_lists_every_verb_with_one_line(capsys):
-    verbs = 'demo study lottery inspect plan pack launch sample distance keep samples eyes judge draw figures table'
+    verbs = ('demo study lottery inspect plan pack launch sample distance keep samples eyes judge ruler draw figures '
+             'table')
     assert set(commands.VERBS) == set(verbs.split())
     text = said(capsys, '--help')
     assert all(f' {verb} {f.__doc__} ' in text for verb, f in commands.VERBS.items())

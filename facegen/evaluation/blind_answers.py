@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MASK_WEIGHT', 'LOOKUPS', 'BLIND_ANSWERS', 'commonest_mask', 'bit_planes', 'share_differing', 'mean_square',
            'check_keys', 'lookup', 'class_areas', 'class_presence', 'with_attributes', 'training_table', 'blind_rows',
-           'mask_marks', 'attribute_marks', 'exact_marks', 'judged_marks', 'blind_marks', 'blind_mark', 'study_marks']
+           'mask_marks', 'attribute_metrics', 'attribute_marks', 'exact_marks', 'judged_marks', 'blind_marks',
+           'blind_mark', 'study_marks']
 
 # %% ../../nbs/evaluation/12_blind_answers.ipynb #f2dc0d46
 import numpy as np
@@ -139,19 +140,25 @@ def mask_marks(
     return mask_metrics(counts, outlines, **tags)
 
 # %% ../../nbs/evaluation/12_blind_answers.ipynb #1db41517
-def attribute_marks(
-    pred:torch.Tensor,      # Answers, 0 or 1, (n,40)
-    requested:torch.Tensor, # 0, 1 or NaN where nothing was requested, (n,40)
-    real=None,              # What the judge sees on the real faces, (n,40)
-    **tags,                 # Go into the records
-)->list:                    # Records: balanced_accuracy (without `Attractive`), balanced_accuracy_hidden
-    "Measure attributes as `attribute_report` measures samples"
-    rows = per_sample(lambda x, a: torch.stack([x, a], -1), requested, pred, real)  # each (n,40,2)
+def attribute_metrics(
+    rows:dict, # Predictions beside requests, (n,40,2) each, as `per_sample` gives them
+    **tags,    # Go into the records
+)->list:       # Records: balanced_accuracy (without `Attractive`), balanced_accuracy_hidden
+    "Summarise how well attributes agree"
     def accuracy(x): return balanced_accuracy(x[..., 0], x[..., 1]).nanmean()
     def only(names): return {k: x[:, [ATTRIBUTES.index(a) for a in names]] for k, x in rows.items()}
     most = only([a for a in ATTRIBUTES if a != 'Attractive'])
     return (metric_record('balanced_accuracy', accuracy, most, **tags)
             + metric_record('balanced_accuracy_hidden', accuracy, only(NOT_IN_MASK), **tags))
+
+def attribute_marks(
+    pred:torch.Tensor,      # Answers, 0 or 1, (n,40)
+    requested:torch.Tensor, # 0, 1 or NaN where nothing was requested, (n,40)
+    real=None,              # What the judge sees on the real faces, (n,40)
+    **tags,                 # Go into the records
+)->list:                    # From `attribute_metrics`
+    "Measure attributes as `attribute_report` measures samples"
+    return attribute_metrics(per_sample(lambda x, a: torch.stack([x, a], -1), requested, pred, real), **tags)
 
 # %% ../../nbs/evaluation/12_blind_answers.ipynb #91ed7459
 def exact_marks(requested, attrs, masks, rows):

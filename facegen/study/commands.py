@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DRAWN_FACES', 'VERBS', 'describe_time', 'plan', 'pack', 'launch', 'contact_sheet', 'inspect', 'samples', 'keep',
-           'eyes', 'judge', 'draw', 'figures', 'table', 'check_paper_faces', 'study', 'lottery', 'demo', 'next_steps',
-           'read_attributes', 'packed_faces', 'sample', 'named_folder', 'named_pictures', 'distance', 'overview',
-           'with_dashes', 'read_arguments', 'main']
+           'eyes', 'judge', 'ruler', 'draw', 'figures', 'table', 'check_paper_faces', 'study', 'lottery', 'demo',
+           'next_steps', 'read_attributes', 'packed_faces', 'sample', 'named_folder', 'named_pictures', 'distance',
+           'overview', 'with_dashes', 'read_arguments', 'main']
 
 # %% ../../nbs/study/10_commands.ipynb #co000004
 import os, re, sys
@@ -206,6 +206,28 @@ def judge(
     for r in records:
         print(rejudging.beside_result(r, result))
     print(rejudging.save_judged(run, records).relative_to(root()))
+
+# %% ../../nbs/study/10_commands.ipynb #a4c11e71
+def ruler(
+    samples:str,      # Folder of images that any system has drawn
+    masks:Param('Folder of the masks that were requested: label maps, part files of CelebAMask-HQ, or a pack', str,
+                required=True)=None,
+    attributes:str='', # Table of the attributes that were requested; masks alone are measured where none is named
+    parser:str='',    # Run, folder of a network, or of masks that another parser has read; else that for drawn faces
+    classifier:str='', # Run, or folder of a network; else that for drawn faces
+    classes:str='',   # What values of label maps mean: celebamask, bisenet or facesynthetics
+    ignore:int=-1,    # Value of label maps that means unknown, often 255
+    train:str='',     # Folder of training masks to look up in; else each request is looked up in the others
+    real:str='',      # Folder of the real images of these masks: what the parser reads there is the upper mark
+    out:str='',       # Folder for ruler.json and a picture of the worst twelve; else nothing is written
+    seed:int=0,       # Names the order in which requests are shuffled
+):
+    "Measure images of any system by the masks that were requested, beside blind answers and the parser on real images"
+    from facegen.evaluation.ruler import report, ruler_folder, save_report
+    found = ruler_folder(samples, masks, attributes, parser, classifier, classes, ignore, train, real, seed)
+    print(report(found))
+    for path in save_report(found, out) if out else []:
+        print(path)
 
 # %% ../../nbs/study/10_commands.ipynb #co00000b
 def draw(
@@ -430,8 +452,8 @@ def distance(
 
 # %% ../../nbs/study/10_commands.ipynb #co00000f
 VERBS = {f.__name__: f for f in (
-    demo, study, lottery, inspect, plan, pack, launch, sample, distance, keep, samples, eyes, judge, draw, figures,
-    table)}
+    demo, study, lottery, inspect, plan, pack, launch, sample, distance, keep, samples, eyes, judge, ruler, draw,
+    figures, table)}
 
 def overview()->str: # Printed by `facegen --help`
     "List the verbs, one line each"
