@@ -489,7 +489,8 @@ FIGURES = {  # notebook -> name of its figure
     '53_demo':             'what-does-a-condition-bring',
     '54_recipe':           'which-recipe',
     '55_faces':            'what-did-the-recipe-do',
-    '56_replication':      'what-do-the-defects-cost'}
+    '56_replication':      'what-do-the-defects-cost',
+    '58_ladder':           'how-much-control-is-more-than-blind'}
 DEMO_FIGURE = '53_demo'
 SET_FIGURE = '57_own_faces'  # drawn for a face set: what-does-<set>-say
 FIGURE_NEEDS = {  # notebook -> experiments without whose results there is no figure
@@ -509,7 +510,8 @@ FIGURE_NEEDS = {  # notebook -> experiments without whose results there is no fi
     '53_demo':             DEMO,
     '54_recipe':           ['recipe', 'recipe-former'],
     '55_faces':            ['former-recipe', 'spatial+guided'],
-    '56_replication':      ['described', 'published']}
+    '56_replication':      ['described', 'published'],
+    '58_ladder':           ['blind', 'uncond', 'attrs', 'spatial']}
 
 # %% ../../nbs/study/00_experiments.ipynb #5be8fbe3
 def check_scale(
