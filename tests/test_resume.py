@@ -12,7 +12,8 @@ from facegen.study.experiments import notebook_path
 from facegen.training import checkpoint, loop
 from facegen.training.config import InMemoryFaces, TrainConfig
 
-TRAINING = ['30_judges', '31_autoencoder', '32_unconditional', '34_conditional', '36_stable_diffusion', '37_lora']
+TRAINING = ['29_segformer', '30_judges', '31_autoencoder', '32_unconditional', '34_conditional', '36_stable_diffusion',
+            '37_lora']
 # `bootstrap_size` and `at_least` are called early, so that a wrong number is told early; they touch no training
 HARMLESS = 'bootstrap_size', 'at_least', 'dict', 'len', 'min', 'max', 'print'
 
