@@ -8,7 +8,8 @@ from facegen.core import root
 from facegen.data.layouts import folder_digest
 from facegen.study._warm_kernels import warm
 from facegen.study.commands import main
-from facegen.study.experiments import DEMO, DEMO_FIGURE, FIGURES, default_params, fingerprint, job, run_names
+from facegen.study.experiments import (DEMO, DEMO_FIGURE, FIGURES, default_params, fingerprint, job, run_names,
+                                       with_needs)
 from facegen.study.runner import figure_name, pack_path
 
 SCALE = config.get('scale', 'laptop')
@@ -32,11 +33,6 @@ digest_once = lru_cache(folder_digest)
 def folder(packed):
     "What rule `faces` makes"
     return str(pack_path(*packed, digest_once)/'faces.json')
-
-def with_needs(runs):
-    "Runs and all that they need, however far away"
-    needed = {n for run in runs for n in job(run)['needs']}  # each once, however many need it
-    return {*runs} | with_needs(needed) if runs else set()
 
 PACKED = {packed: folder(packed) for run in {*STUDY, *SHOWN, *with_needs(RUNS)} for packed in faces(run)}
 BY_PATH = {path: packed for packed, path in PACKED.items()}

@@ -35,3 +35,13 @@ def real_faces() -> Path:
     if not Path(folder).is_dir():
         pytest.fail(f'FACEGEN_FACES names {folder}, which is not a folder')
     return Path(folder)
+
+
+@pytest.fixture(scope='module')
+def few_resamples():
+    "Twenty resamples behind each interval of a module"
+    from facegen.core import bootstrap_size
+    before = bootstrap_size()
+    bootstrap_size(20)
+    yield
+    bootstrap_size(before)

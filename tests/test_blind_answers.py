@@ -8,7 +8,7 @@ from conftest import run_cells
 from oracle import LookupJudge, find, rand
 
 from facegen.conditioning.condition_encoders import CONDITIONINGS
-from facegen.core import bootstrap_size, load_result, record_problems
+from facegen.core import load_result, record_problems
 from facegen.data.faces import Face, load_faces, prepare, split
 from facegen.data.parsed_masks import fix_left_right
 from facegen.evaluation import blind_answers as ba
@@ -20,12 +20,7 @@ from facegen.training.config import InMemoryFaces
 MASKS = ['miou', 'miou_per_image', 'pixel_accuracy', 'boundary_f1']
 
 
-@pytest.fixture(scope='module', autouse=True)
-def few_resamples():
-    before = bootstrap_size()
-    bootstrap_size(20)
-    yield
-    bootstrap_size(before)
+pytestmark = pytest.mark.usefixtures('few_resamples')
 
 
 @pytest.fixture(scope='module')

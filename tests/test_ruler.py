@@ -9,7 +9,7 @@ import torch
 from oracle import LookupJudge, find, rand
 from PIL import Image
 
-from facegen.core import bootstrap_size, record_problems
+from facegen.core import record_problems
 from facegen.data.faces import load_faces, prepare
 from facegen.data.layouts import CLASS_ORDERS, PARTS
 from facegen.data.parsed_masks import fix_left_right
@@ -24,12 +24,7 @@ REPO = Path(__file__).resolve().parents[1]
 MASKS = ['miou', 'miou_per_image', 'miou_requested', 'pixel_accuracy', 'boundary_f1', 'mirror_followed']
 
 
-@pytest.fixture(scope='module', autouse=True)
-def few_resamples():
-    before = bootstrap_size()
-    bootstrap_size(20)
-    yield
-    bootstrap_size(before)
+pytestmark = pytest.mark.usefixtures('few_resamples')
 
 
 @pytest.fixture(scope='module')

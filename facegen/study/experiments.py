@@ -15,9 +15,9 @@ __all__ = ['NETWORKS', 'RECIPE', 'X0_ADAMW', 'EPSILON_ADAMW', 'LEARNING_RATES', 
            'recipes_at_scale', 'lora_experiments', 'lora_at_scale', 'complete_scale', 'other_recipes_at_scale',
            'Experiment', 'judged_by', 'unconditional_needs', 'make_experiments', 'check_scale', 'check_experiments',
            'variant_name', 'typed', 'on_other_faces', 'judges_by_name', 'without_unknown', 'is_lottery',
-           'find_experiment', 'run_name', 'parse_name', 'fewer_faces', 'job', 'notebook_path', 'default_params',
-           'run_params', 'unknown_params', 'find_faces', 'has_faces', 'run_names', 'lottery_name', 'lottery_rows',
-           'lottery', 'fingerprint']
+           'find_experiment', 'run_name', 'parse_name', 'fewer_faces', 'job', 'with_needs', 'notebook_path',
+           'default_params', 'run_params', 'unknown_params', 'find_faces', 'has_faces', 'run_names', 'lottery_name',
+           'lottery_rows', 'lottery', 'fingerprint']
 
 # %% ../../nbs/study/00_experiments.ipynb #57b23750
 import ast, hashlib, json, re
@@ -653,6 +653,15 @@ def job(
     params |= fewer_faces(experiment, params)
     runs = dict.fromkeys(run for run, _ in needs.values())  # each once
     return dict(notebook=experiment.notebook, params=params, needs=list(runs))
+
+def with_needs(
+    runs:list, # Names of runs
+)->list:       # The same, behind all that they need, however far away
+    "Add to runs what they are made of"
+    found = {}
+    for run in runs:
+        found |= dict.fromkeys([*with_needs(job(run)['needs']), run])
+    return list(found)
 
 # %% ../../nbs/study/00_experiments.ipynb #fcce20a1
 def notebook_path(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEAST_FACES', 'WEIGHT_BYTES', 'STATE_BYTES', 'held_out', 'check_judges', 'with_labellers', 'check_counts',
            'unknown_in', 'ready_set', 'asks_for', 'runs_on', 'network_problem', 'face_problems', 'batch_problems',
-           'pack_bytes', 'disk_needed', 'disk_problem', 'with_needs', 'check_batch']
+           'pack_bytes', 'disk_needed', 'disk_problem', 'check_batch']
 
 # %% ../../nbs/study/09_own_faces.ipynb #473bb765
 import shutil, sys
@@ -16,7 +16,7 @@ from ..core import load_result, root, run_folder
 from ..data.face_sets import RENDERED_SETS, FaceSet, find_set, keep_set, kept_sets, lacks
 from ..data.faces import Faces, load_faces, split
 from ..data.layouts import read_raw
-from .experiments import default_params, job, parse_name, run_name, run_names
+from .experiments import ASKED_OF, default_params, job, parse_name, run_name, run_names, with_needs
 from .runner import from_weights, judge_folder, missing_parts, pack, pack_path
 from .training_costs import trained_weights
 
@@ -149,10 +149,9 @@ def face_problems(
     problems = [f"{name} needs {label}, and no face of {found.name} has any: name a "
                 f"{dict(masks='parser', attributes='classifier')[label]} with `facegen inspect`"
                 for label in sorted(asks_for(name) & {*found.unknown})]
-    asked = dict(n_test='test', samples='test', n_train='train', guidance_val_size='judge')
     return problems + [
         f"{name}: {k}={p[k]} asks for {p[k]} faces, and the {part} split of {found.name} has {found.counts[part]}"
-        for k, part in asked.items() if p.get(k, 0) > found.counts.get(part, p.get(k, 0))]
+        for k, part in ASKED_OF.items() if p.get(k, 0) > found.counts.get(part, p.get(k, 0))]
 
 def batch_problems(
     runs:list, # Names of runs, with all that they need
@@ -197,15 +196,6 @@ def disk_problem(weights):
     if needed < free: return []
     return [f'{root()} has {free/1e9:.1f} GB left, and these {len(todo)} runs write about {needed/1e9:.1f} GB: '
             'make room, or run fewer of them']
-
-def with_needs(
-    runs:list, # Names of runs
-)->list:       # The same, behind all that they need, however far away
-    "Add to runs what they are made of"
-    found = {}
-    for run in runs:
-        found |= dict.fromkeys([*with_needs(job(run)['needs']), run])
-    return list(found)
 
 def check_batch(
     runs:list, # Names of runs
